@@ -1,0 +1,1 @@
+"""Everything generated from a declared pair: inputs, comparison, checks, variants, census, report."""

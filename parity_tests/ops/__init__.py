@@ -1,0 +1,10 @@
+"""The table: every declared pair, in one explicit tuple."""
+
+from parity_tests.harness.pair import OpPair
+from parity_tests.ops import rotation, second_difference, triality
+
+PAIRS: tuple[OpPair, ...] = (
+    *rotation.PAIRS,
+    *triality.PAIRS,
+    *second_difference.PAIRS,
+)

@@ -1,0 +1,1 @@
+"""Definitions, one room per piece of mathematics, each on one example; batch with ``jax.vmap``."""

@@ -1,0 +1,31 @@
+"""Production side in PyTorch and Triton.
+
+Importing this package imports neither transformers, peft nor bitsandbytes; the first touch of an exported
+name imports what it needs, and touching ``SO8TConfig`` registers the PEFT method.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "SO8TConfig": "so8t_torch.adapter",
+    "SO8TModel": "so8t_torch.adapter",
+    "load_adapter": "so8t_torch.adapter",
+    "so8t_param_groups": "so8t_torch.adapter",
+    "bake": "so8t_torch.adapter",
+}
+
+__all__ = sorted(_EXPORTS)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'so8t_torch' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""The ``so8t`` command."""

@@ -1,0 +1,1 @@
+"""Backend choice, precision, kernel launch, configuration and errors: no mathematics."""

@@ -1,0 +1,29 @@
+"""Errors whose text says what was expected, what arrived and what to do."""
+
+
+class SO8TError(Exception):
+    """Root of every error raised on purpose by this library."""
+
+
+class ShapeError(SO8TError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class BackendError(SO8TError, RuntimeError):
+    """The requested backend cannot run this call; the text lists every reason."""
+
+
+class ConfigError(SO8TError, ValueError):
+    """A configuration is unknown, contradictory or unreadable."""
+
+
+class AdapterError(SO8TError, ValueError):
+    """An adapter cannot be installed, loaded, merged or baked as asked."""
+
+
+class DataError(SO8TError, ValueError):
+    """A data file breaks its contract; the text names file and line."""
+
+
+class TrainingError(SO8TError, RuntimeError):
+    """Training cannot start or continue: nothing to train, no gradient, non-finite loss."""
