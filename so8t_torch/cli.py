@@ -1,1 +1,167 @@
-"""The ``so8t`` command."""
+"""The ``so8t`` command: each sub-command reads its arguments, calls one function of the library and prints.
+
+The groups ``eval``, ``data``, ``audit`` and ``export`` are the command's vocabulary; a group appears in the help
+as soon as it has its first command.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from so8t_torch.core.config import dump_config, load_config
+from so8t_torch.core.errors import SO8TError
+
+GROUPS = ("eval", "data", "audit", "export")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="SO(8) rotation adapters for language models: train, evaluate, fold, and prove the numbers.",
+    epilog="Example: [bold]so8t train configs/train/quickstart.yaml[/bold]",
+)
+evaluation = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure a trained model on held-out data.",
+    epilog="Example: [bold]so8t eval triage runs/quickstart/lora_gates[/bold]",
+)
+app.add_typer(evaluation, name="eval")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be given several times."),
+]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/train/.")]
+
+
+@app.command(
+    epilog="Examples: [bold]so8t train configs/train/quickstart.yaml[/bold] · "
+    "[bold]so8t train configs/train/quickstart.yaml --set training.max_steps=50 --resume auto[/bold]"
+)
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|PATH", help="Go on from the newest (or the named) checkpoint.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build model and data, print counts, train nothing.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
+    ] = False,
+) -> None:
+    """Train gates and LoRA on a frozen base, as a configuration file says."""
+    from so8t_torch.train.config import TrainConfig
+
+    settings = load_config(TrainConfig, config, overrides or ())
+    if print_config:
+        typer.echo(dump_config(settings), nl=False)
+        return
+    from so8t_torch.train.run import run_training
+
+    run_training(settings, resume=resume, dry_run=dry_run)
+
+
+@app.command(epilog="Example: [bold]so8t plan configs/train/phi35_rtx3060.yaml --card rtx3060-12gb[/bold]")
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    card: Annotated[
+        str | None, typer.Option(help="Name of the card to fit; default: the one in the configuration.")
+    ] = None,
+) -> None:
+    """Print the expected GPU memory by component and whether it fits the card; exit status 1 when it does not."""
+    from so8t_torch.train.config import TrainConfig
+    from so8t_torch.train.plan import plan as make_plan
+
+    result = make_plan(load_config(TrainConfig, config, overrides or ()), card=card)
+    Console().print(result.table())
+    raise typer.Exit(0 if result.fits else 1)
+
+
+@app.command(
+    epilog="Examples: [bold]so8t bake runs/quickstart/lora_gates/adapter baked/[/bold] · "
+    "[bold]so8t bake ADAPTER OUT --prompts prompts.txt --dtype bfloat16[/bold]"
+)
+def bake(
+    adapter: Annotated[Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model directory or hub id; default: the one the adapter names.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts for the verification: text lines or JSON with 'texts'.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the written weights: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Fold an adapter into plain weights, verify the logits, and write a checkpoint that stock transformers loads."""
+    from so8t_torch.adapter import bake as bake_adapter
+
+    Console().print(bake_adapter(adapter, output, base=base, prompts=prompts, dtype=dtype).table())
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples: [bold]so8t parity[/bold] · [bold]so8t parity --kernels[/bold] · "
+    "[bold]so8t parity --module my_ops:PAIRS[/bold]",
+)
+def parity(
+    context: typer.Context,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compile every Triton kernel for sm_80/86/89/90, no GPU needed.")
+    ] = False,
+    module: Annotated[str | None, typer.Option(metavar="MODULE:TABLE", help="Judge your own table of pairs.")] = None,
+) -> None:
+    """Judge production against its reference and write docs/numerics.md (a process of its own: it needs JAX)."""
+    chosen = [*(["--kernels"] if kernels else []), *(["--module", module] if module else []), *context.args]
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "parity_tests", *chosen], check=False).returncode)
+
+
+@app.command(epilog="Example: [bold]so8t demo --output runs/quickstart[/bold]")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the base, the runs and the summary.")] = Path(
+        "runs/quickstart"
+    ),
+) -> None:
+    """Build a small Phi-3, adapt its frozen 4-bit base in four ways, compare them, fold the best into plain weights."""
+    from so8t_torch.train.demo import run_demo
+
+    run_demo(output)
+
+
+@evaluation.command(
+    epilog="Examples: [bold]so8t eval triage runs/quickstart/lora_gates[/bold] · "
+    "[bold]so8t eval triage RUN --data questions.jsonl[/bold]"
+)
+def triage(
+    run: Annotated[Path, typer.Argument(help="Run folder written by so8t train.")],
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL or CSV with labels; default: the run's own held-out data.")
+    ] = None,
+) -> None:
+    """Measure ALLOW / ESCALATE / REFUSE decisions with intervals; unsafe-allow rate first."""
+    from so8t_torch.train.run import evaluate_run
+
+    Console().print(evaluate_run(run, data=data).table())
+
+
+def main() -> None:
+    """Run the command line; errors that the library raises on purpose are printed without a traceback."""
+    try:
+        app()
+    except SO8TError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -53,9 +53,7 @@ def choose(op: str, requested: str, candidates: Sequence[Candidate]) -> str:
 
 def explain(candidates: Sequence[Candidate]) -> str:
     """Return one line per candidate: that it can run, or every reason why not."""
-    return "\n".join(
-        f"  {c.name}: " + ("can run" if not c.reasons else "; ".join(c.reasons)) for c in candidates
-    )
+    return "\n".join(f"  {c.name}: " + ("can run" if not c.reasons else "; ".join(c.reasons)) for c in candidates)
 
 
 @functools.cache

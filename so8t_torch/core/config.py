@@ -79,7 +79,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"No configuration file at {path}; give the path of a YAML file.")
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_BYTES} a configuration may have.")
+        raise ConfigError(
+            f"{path} has {path.stat().st_size} bytes, more than the {MAX_BYTES} a configuration may have."
+        )
     try:
         tree = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -128,7 +130,9 @@ def _names_at(section: type[Section], location: list[str]) -> set[str]:
     """Return the valid keys of the section(s) found by walking ``location`` from ``section``."""
     found: list[type[Section]] = [section]
     for part in location:
-        inner = [s for owner in found if part in owner.model_fields for s in _sections(owner.model_fields[part].annotation)]
+        inner = [
+            s for owner in found if part in owner.model_fields for s in _sections(owner.model_fields[part].annotation)
+        ]
         found = inner or found
     return {name for owner in found for name in owner.model_fields}
 
