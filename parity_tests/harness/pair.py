@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,17 +12,31 @@ Size = Mapping[str, int]
 Example = tuple[Any, ...]
 """Positional arguments of ONE example: float64 numpy arrays, or ``None`` / Python scalars where the op takes them."""
 Strategy = Callable[[np.random.Generator, Size], Example]
+Eps = float | Mapping[str, float]
+"""Units of eps(dtype): one number for every dtype, or one per dtype name."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Accepted error in units of eps(dtype), norm-wise against float64: max|x − x̂| / max(1, max|x|)-scaled.
+    """Accepted error in units of eps(dtype of the result), norm-wise against float64.
 
-    ``float64`` etc. are filled from ``forward`` and ``gradient`` alike for every dtype the pair names.
+    The error of one output of one example is ``max|x̂ − x| / (eps · max(max|x|, floor))``: relative to the largest
+    entry, so that an output of zeros is wrong by 1/eps and a budget that accepts it is refused. ``floor`` is for
+    results that cancel (a residual, a bracket of commuting elements): the size of the terms that cancelled.
+    Below float64 a second bar holds whatever the budget says: twice the error of the definition evaluated in
+    float32 and rounded once, or 1 eps if that is larger.
+
+    Attributes:
+        forward: accepted error of the outputs.
+        gradient: accepted error of every gradient.
+        floor: natural size of the outputs where they cancel, in their own unit.
+        gradient_floor: the same for the gradients.
     """
 
-    forward: float
-    gradient: float = 0.0
+    forward: Eps
+    gradient: Eps = 0.0
+    floor: float = 0.0
+    gradient_floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,9 @@ class Law:
     """An identity that both sides must satisfy, e.g. RᵀR = I.
 
     ``residual(f, example)`` gets the function (reference, or production seen through numpy) and one example in
-    float64, and returns an array that is zero where the law holds; ``budget`` is in eps of float64.
+    float64, and returns an array that is zero where the law holds; ``budget`` is in eps of float64, absolute, so
+    the residual divides by the size of what it compares. A law that still holds when ``f`` is disturbed by one
+    percent says nothing about ``f`` and is refused.
     """
 
     name: str
@@ -54,14 +70,15 @@ class Carry:
     """How a stateful op is cut in two: the halves with carried state must equal one run.
 
     ``split(example)`` returns (first, second_given_state) where the second is a function of the state that the
-    first run returned; ``join(first_output, second_output)`` rebuilds the whole output.
+    first run returned (the last element of its output ``(y, state)``); ``join(first_output, second_output)``
+    rebuilds the whole output.
     """
 
     split: Callable[[Example], tuple[Example, Callable[[Any], Example]]]
     join: Callable[[Any, Any], Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class OpPair:
     """One public function: its definition, its production, and how they are judged.
 
@@ -69,8 +86,9 @@ class OpPair:
         name: ``"room.function"``.
         reference: ``so8t_jax`` function on ONE example.
         production: ``so8t_torch`` function; takes leading batch axes on every argument not in ``shared``.
-        inputs: named input strategies; each maps (generator, size) to the positional arguments of ONE example.
-        sizes: smallest first; ``gradcheck`` runs on the first.
+        inputs: named input strategies, the generic one first (the finite-difference checks run on it); each maps
+            (generator, size) to the positional arguments of ONE example.
+        sizes: smallest first; ``gradcheck`` runs on the first, the dtype sweep on the last.
         oracle: dense numpy/scipy/mpmath float64 function on ONE example, independent of both sides.
         shared: positions of arguments without a batch axis (``in_axes=None`` under ``jax.vmap``).
         wrt: positions of differentiable arguments.
@@ -81,7 +99,15 @@ class OpPair:
         rejections: bad calls and the errors they must raise.
         carry: how to cut a stateful op in two, or ``None``.
         backends: production backends besides ``eager`` (for example ``("triton",)``) reached by ``backend=``.
-        known_gaps: check name → reason; strict xfail.
+        known_gaps: check name (or the start of a case's name after the pair) → reason; strict xfail.
+        masters: positions of arguments that stay float32 when the sweep is at a half dtype.
+        returns: dtype of the floating results: that of the ``input``, its ``accumulation`` dtype (float32, or
+            float64 for float64), or always ``float64``.
+        nonfinite: strategies whose results are meant to hold NaN or infinities, in the same places on both sides.
+        edge_sizes: degenerate sizes (a length of one, shorter than a stencil) at which values and gradients,
+            possibly all zero, are compared in float64.
+        twice: whether the second derivative exists and is checked (``gradgradcheck``).
+        bitwise_batch: whether a row of a batch must equal the row alone bit for bit, not only within the budget.
     """
 
     name: str
@@ -100,3 +126,9 @@ class OpPair:
     carry: Carry | None = None
     backends: tuple[str, ...] = ()
     known_gaps: Mapping[str, str] = field(default_factory=dict)
+    masters: tuple[int, ...] = ()
+    returns: Literal["input", "accumulation", "float64"] = "input"
+    nonfinite: tuple[str, ...] = ()
+    edge_sizes: tuple[Size, ...] = ()
+    twice: bool = True
+    bitwise_batch: bool = False
