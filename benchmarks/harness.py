@@ -120,7 +120,6 @@ def environment() -> dict[str, str]:
     """Return what a reader needs to judge the figures: processor, threads and versions."""
     names = ("torch", "peft", "triton", "transformers", "numpy")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "cpu": cpu,
