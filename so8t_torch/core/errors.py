@@ -27,3 +27,7 @@ class DataError(SO8TError, ValueError):
 
 class TrainingError(SO8TError, RuntimeError):
     """Training cannot start or continue: nothing to train, no gradient, non-finite loss."""
+
+
+class DomainError(SO8TError, ValueError):
+    """A value lies outside the set on which the operation is defined."""
