@@ -118,6 +118,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _sentence(section: type[Section], problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location) or "(whole file)"
+    if problem["type"] == "value_error" and not location:
+        return str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
         return f"{where}: {problem['msg']} (got {problem['input']!r})"
     names = sorted(_names_at(section, location[:-1]))

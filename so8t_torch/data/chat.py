@@ -94,8 +94,8 @@ def marked_template(template: str | None) -> str:
     )
     if count != 1:
         raise ConfigError(
-            "The tokenizer's chat template has no generation marks and is not of the Phi-3 family; set data.template to "
-            "a Jinja file that wraps each assistant turn in {% generation %} … {% endgeneration %}."
+            "The tokenizer's chat template has no generation marks and is not of the Phi-3 family; set data.template "
+            "to a Jinja file that wraps each assistant turn in {% generation %} … {% endgeneration %}."
         )
     return marked
 

@@ -1,0 +1,185 @@
+"""The settings of one training run, as ``so8t train`` reads them.
+
+Every section stands beside its default; contradictions between sections are collected and reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from so8t_torch.core.config import Section
+from so8t_torch.data.chat import TooLong
+from so8t_torch.data.records import Columns
+from so8t_torch.data.scenarios import ScenarioSection
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PretrainedBase(Section):
+    """A base model read from a directory or a hub id."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str
+    revision: str | None = None
+
+
+class LoadingSection(Section):
+    """How the frozen base is held in memory.
+
+    ``dtype: auto`` is bfloat16 where the card has it and float32 elsewhere. ``float32_rest`` turns embeddings, norms
+    and the head of a quantised base into float32 (PEFT's preparation); off, they keep ``dtype`` and half the memory.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    double_quantization: bool = True
+    float32_rest: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class AdapterSection(Section):
+    """Where gates and LoRA go; the fields are those of ``SO8TConfig``. ``target_modules: []`` installs no gate."""
+
+    target_modules: list[str] = Field(default_factory=lambda: ["o_proj"])
+    layers_to_transform: list[int] | None = None
+    layers_pattern: str | None = None
+    exclude_modules: list[str] | None = None
+    chart: Literal["exp", "cayley"] = "exp"
+    shared: bool = False
+    train_gates: Literal["safe", "cmd", "routed"] = "safe"
+    r: Annotated[int, Field(ge=0)] = 0
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_target_modules: list[str] | None = None
+    lora_layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+
+
+class DataSection(Section):
+    """What is learned: files, or generated scenarios; ``template`` names a marked Jinja file."""
+
+    train: Path | None = None
+    eval: Path | None = None
+    scenarios: ScenarioSection | None = None
+    columns: Columns = Columns()
+    template: Path | None = None
+    max_length: Positive = 1024
+    too_long: TooLong = "truncate"
+
+
+class PenaltySection(Section):
+    """The second-difference penalty (PET) on the residual stream after the gated layers.
+
+    ``weights[i]`` holds up to the share ``boundaries[i]`` of the optimiser steps, the last one to the end.
+    """
+
+    enabled: bool = False
+    weights: tuple[float, float, float] = (0.01, 0.05, 0.1)
+    boundaries: tuple[float, float] = (0.2, 0.6)
+    huber_delta: Annotated[float, Field(ge=0)] = 0.0
+
+
+class TrainingSection(Section):
+    """Optimiser, schedule and batch; give ``max_steps`` or ``epochs``. ``loss_chunk`` counts supervised positions."""
+
+    max_steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive = 1
+    accumulation: Positive = 1
+    optimiser: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    gate_lr: Annotated[float, Field(gt=0)] = 5e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Share = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    loss_chunk: Positive = 256
+
+
+class RecordingSection(Section):
+    """How often the run is written down; ``tensorboard`` and ``progress`` switch those two off or on."""
+
+    every_steps: Positive = 10
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class CheckpointSection(Section):
+    """How often a checkpoint is written and how many are kept; ``None`` writes none until the end."""
+
+    every_steps: Positive | None = 500
+    keep: Positive = 5
+
+
+class EvaluationSection(Section):
+    """Held-out language-model loss every ``every_steps`` (and before and after), and triage decisions at the end."""
+
+    every_steps: Positive | None = None
+    batch_size: Positive = 8
+    triage: bool = False
+
+
+class TrainConfig(Section):
+    """One training run. ``card`` names the card that ``so8t plan`` compares with; ``threads`` 0 takes every core."""
+
+    output_dir: Path
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0)] = 0
+    card: str | None = None
+    base: PretrainedBase
+    loading: LoadingSection = LoadingSection()
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    penalty: PenaltySection = PenaltySection()
+    training: TrainingSection = TrainingSection()
+    recording: RecordingSection = RecordingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> TrainConfig:
+        found = list(contradictions(self))
+        if found:
+            raise ValueError("settings contradict each other: " + " ".join(found))
+        return self
+
+
+def contradictions(config: TrainConfig) -> Iterator[str]:
+    """Yield every pair of settings that cannot both hold, as sentences."""
+    yield from _adapter_contradictions(config.adapter)
+    if (config.data.train is None) == (config.data.scenarios is None):
+        yield "data needs exactly one of train (a file) and scenarios."
+    if config.data.scenarios is not None and config.data.eval is not None:
+        yield "data.scenarios brings its own held-out split; drop data.eval."
+    if (config.training.max_steps is None) == (config.training.epochs is None):
+        yield "training needs exactly one of max_steps and epochs."
+    if config.penalty.enabled and not config.adapter.target_modules:
+        yield "penalty.enabled reads the stream after gated layers, but adapter.target_modules is empty."
+    low, high = config.penalty.boundaries
+    if not 0 <= low <= high <= 1:
+        yield f"penalty.boundaries must be two shares of the run in order, got {config.penalty.boundaries}."
+    if min(config.penalty.weights) < 0:
+        yield f"penalty.weights must not be negative, got {config.penalty.weights}."
+    held_out = config.data.eval is not None or config.data.scenarios is not None
+    if (config.evaluation.every_steps or config.evaluation.triage) and not held_out:
+        yield "evaluation needs held-out data: give data.eval or data.scenarios."
+
+
+def _adapter_contradictions(adapter: AdapterSection) -> Iterator[str]:
+    if adapter.r == 0:
+        given = {"lora_target_modules": adapter.lora_target_modules, "rank_pattern": adapter.rank_pattern}
+        given |= {"lora_layers_to_transform": adapter.lora_layers_to_transform, "lora_dropout": adapter.lora_dropout}
+        for name, value in given.items():
+            if value:
+                yield f"adapter.{name} needs LoRA, but adapter.r is 0."
+        if not adapter.target_modules:
+            yield "adapter has neither gates (target_modules is empty) nor LoRA (r is 0): nothing would be trained."
+    if adapter.train_gates == "routed" and not adapter.target_modules:
+        yield "adapter.train_gates is routed, but adapter.target_modules is empty."
