@@ -1,0 +1,176 @@
+"""What an SO(8) adapter is: which modules get a gate, which get LoRA, and what trains.
+
+    y = R(W x + b + s B A x),   R = R_cmd R_safe,   R_• = chart(A_•),   s = lora_alpha / r
+
+Two independent selections: ``target_modules`` and its companions choose the modules whose output is rotated,
+``lora_target_modules`` and its companions those that get a low-rank update. A module may have one or both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft import PeftConfig
+
+from so8t_torch.adapter.registration import add_member
+from so8t_torch.core.errors import AdapterError, ConfigError
+
+PEFT_TYPE = add_member()
+
+CHARTS = ("exp", "cayley")
+TRAIN_GATES = ("safe", "cmd", "routed")
+DEFAULT_GATE_TARGETS = ["o_proj"]
+ALL_LINEAR = "all-linear"
+
+Names = list[str] | set[str] | str | None
+Indices = list[int] | int | None
+
+
+@dataclass
+class SO8TConfig(PeftConfig):
+    """Configuration of an SO(8) adapter, for ``peft.get_peft_model`` and everything that takes a PEFT config.
+
+    Every entry of every list must match something in the model, otherwise wrapping the model raises an error
+    that names the entry and lists near names.
+
+    Args:
+        target_modules: modules whose output gets a gate: names or name endings, a regular expression, or
+            ``"all-linear"``. None means ``["o_proj"]``; an empty list means no gates (LoRA only).
+        layers_to_transform: indices of the layers that get gates; None means all.
+        layers_pattern: name of the list of layers (``"layers"``), for gates and LoRA, when it is ambiguous.
+        exclude_modules: modules that get no gate although ``target_modules`` names them.
+        chart: ``"exp"`` or ``"cayley"``; stored with the weights and checked when they are loaded.
+        shared: one generator per layer instead of one per block of eight channels.
+        train_gates: which factor learns: ``"safe"``, ``"cmd"``, or ``"routed"`` (rows chosen by
+            ``set_gate_routes`` give gradient to R_safe only, the others to R_cmd only).
+        r: rank of LoRA; 0 means none.
+        lora_target_modules: modules that get LoRA, as ``target_modules``; None means ``"all-linear"``.
+        lora_layers_to_transform: indices of the layers that get LoRA; None means all.
+        lora_alpha: LoRA is scaled by ``lora_alpha / r``.
+        lora_dropout: dropout on LoRA's input, in [0, 1).
+        rank_pattern: rank by module name ending or regular expression, where it differs from ``r``.
+        modules_to_save: modules trained whole and stored beside the adapter.
+        quantization: how the base was stored when the adapter was made (``"none"``, ``"nf4"``, ``"fp4"``,
+            ``"int8"``); filled in when a model is wrapped, read by ``bake``.
+    """
+
+    target_modules: Names = None
+    layers_to_transform: Indices = None
+    layers_pattern: list[str] | str | None = None
+    exclude_modules: Names = None
+    chart: str = "exp"
+    shared: bool = False
+    train_gates: str = "safe"
+    r: int = 0
+    lora_target_modules: Names = None
+    lora_layers_to_transform: Indices = None
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if self.target_modules is None:
+            self.target_modules = list(DEFAULT_GATE_TARGETS)
+        if self.r > 0 and self.lora_target_modules is None:
+            self.lora_target_modules = ALL_LINEAR
+        self._check_choices()
+        self._check_selection()
+        for place, value in nonfinite(vars(self)):
+            raise ConfigError(f"SO8TConfig: expected finite numbers, got {value} in {place}.")
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether any module is asked to have a gate."""
+        return bool(self.target_modules)
+
+    def _check_choices(self) -> None:
+        for name, allowed in (("chart", CHARTS), ("train_gates", TRAIN_GATES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"SO8TConfig: expected {name} to be one of {', '.join(allowed)}, got {value!r}.")
+        if self.r < 0:
+            raise ConfigError(f"SO8TConfig: expected r >= 0, got {self.r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"SO8TConfig: expected 0 <= lora_dropout < 1, got {self.lora_dropout}.")
+        for key, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ConfigError(f"SO8TConfig: expected a rank of at least 1 in rank_pattern, got {key!r}: {rank}.")
+
+    def _check_selection(self) -> None:
+        if self.r == 0:
+            given = [n for n in ("lora_target_modules", "lora_layers_to_transform", "rank_pattern") if getattr(self, n)]
+            if given:
+                raise ConfigError(f"SO8TConfig: {', '.join(given)} given although r = 0 asks for no LoRA; set r.")
+            if not self.has_gates:
+                raise ConfigError("SO8TConfig: target_modules is empty and r = 0, so there is nothing to adapt.")
+        for targets, layers in (
+            ("target_modules", "layers_to_transform"),
+            ("lora_target_modules", "lora_layers_to_transform"),
+        ):
+            if isinstance(getattr(self, targets), str) and getattr(self, layers) is not None:
+                raise ConfigError(f"SO8TConfig: {layers} needs a list in {targets}, not one string; name the modules.")
+        if self.layers_pattern and self.layers_to_transform is None and self.lora_layers_to_transform is None:
+            raise ConfigError("SO8TConfig: layers_pattern has no effect without layers_to_transform.")
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read an adapter configuration and refuse unknown keys and numbers that are not finite.
+
+        Args:
+            path_json_file: path of ``adapter_config.json``.
+            **kwargs: accepted as PEFT's interface asks, unused.
+
+        Raises:
+            AdapterError: naming the file and the key.
+        """
+        del kwargs
+        stored = read_json(path_json_file)
+        known = [f.name for f in fields(cls)]
+        for key in stored:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                hint = f" (near: {near[0]!r})" if near else ""
+                raise AdapterError(
+                    f"{path_json_file}: expected the fields of SO8TConfig, got {key!r}{hint}; "
+                    "it was saved by another method or a newer version."
+                )
+        return stored
+
+
+def nonfinite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (place, number) for every number in nested dicts and lists that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from nonfinite(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from nonfinite(item, f"{place}[{index}]")
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a JSON object and refuse bare NaN and Infinity, which Python's reader lets through.
+
+    Args:
+        path: of a UTF-8 file, with or without byte order mark.
+
+    Raises:
+        AdapterError: naming the file and the key that holds the number.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        stored = json.load(file)
+    if not isinstance(stored, dict):
+        raise AdapterError(f"{path}: expected a JSON object, got {type(stored).__name__}.")
+    for place, value in nonfinite(stored):
+        raise AdapterError(f"{path}: expected finite numbers, got {value} in {place!r}; the file is damaged.")
+    return stored

@@ -1,0 +1,142 @@
+"""Reads adapter folders: the checks on what is stored, and loading in a process that never imported the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+
+from so8t_torch.adapter.config import CHARTS, SO8TConfig
+from so8t_torch.adapter.layer import SO8TLayer, chart_mismatch
+from so8t_torch.core.errors import AdapterError
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def load_adapter(
+    path: str | Path,
+    base: nn.Module | str | Path | None = None,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **base_arguments: Any,
+) -> PeftModel:
+    """Load an SO(8) adapter and its base, registering the method on the way.
+
+    Args:
+        path: adapter folder or hub id.
+        base: the base model, its folder or hub id; None takes the one named in the adapter.
+        adapter_name: the name it gets in the model.
+        is_trainable: whether to continue training it.
+        **base_arguments: passed to the base's ``from_pretrained`` (``dtype``, ``quantization_config``, ...).
+
+    Returns:
+        the base wrapped by PEFT.
+
+    Raises:
+        AdapterError: the folder is damaged, belongs to another method, names no base, or is already folded into it.
+    """
+    config = read_adapter_config(path)
+    model = base if isinstance(base, nn.Module) else load_base(config, base, **base_arguments)
+    return PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def read_adapter_config(path: str | Path) -> SO8TConfig:
+    """Read ``adapter_config.json`` strictly.
+
+    Args:
+        path: adapter folder or hub id.
+
+    Raises:
+        AdapterError: an unknown key, a number that is not finite, or another method's adapter.
+    """
+    config = SO8TConfig.from_pretrained(str(path))
+    if not isinstance(config, SO8TConfig):
+        raise AdapterError(f"{path}: expected an adapter of the method SO8T, got {config.peft_type}.")
+    return config
+
+
+def load_base(config: SO8TConfig, base: str | Path | None = None, **arguments: Any) -> nn.Module:
+    """Load the model that an adapter belongs to.
+
+    Args:
+        config: the adapter's configuration.
+        base: folder or hub id; None takes the one that the adapter names.
+        **arguments: for ``from_pretrained``.
+
+    Raises:
+        AdapterError: no base is named, or its class cannot be told.
+    """
+    source = base or config.base_model_name_or_path
+    if source is None:
+        raise AdapterError("this adapter does not name its base model; pass base=FOLDER or base=MODEL.")
+    return _auto_class(config).from_pretrained(str(source), **arguments)
+
+
+def check_tensors(stored: dict[str, Tensor], config: SO8TConfig) -> None:
+    """Refuse stored tensors that are not finite, and a chart other than the configured one.
+
+    Args:
+        stored: by key as in ``adapter_model.safetensors``.
+        config: the configuration they come with.
+
+    Raises:
+        AdapterError: naming the tensor.
+    """
+    for key, tensor in stored.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"stored tensor {key!r}: expected finite numbers, found NaN or infinity.")
+        if ".so8t_chart" in key and int(tensor) != CHARTS.index(config.chart):
+            raise AdapterError(chart_mismatch(f"stored tensor {key!r}", config.chart, int(tensor)))
+
+
+def check_keys(model: nn.Module, adapter_name: str, stored: dict[str, Tensor]) -> None:
+    """Refuse a file that lacks tensors of this adapter or holds tensors for modules that have none.
+
+    Args:
+        model: with the adapter installed.
+        adapter_name: its name.
+        stored: by the model's own keys.
+
+    Raises:
+        AdapterError: naming the tensors.
+    """
+    expected = {
+        f"{name}.{attribute}.{adapter_name}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, SO8TLayer)
+        for attribute in (*layer.adapter_layer_names, "so8t_chart")
+        if adapter_name in getattr(layer, attribute)
+    }
+    strip = len("base_model.model.")
+    normal = {key[strip:] if key.startswith("base_model.model.") else key for key in expected}
+    found = {key[strip:] if key.startswith("base_model.model.") else key for key in stored if ".so8t_" in key}
+    for what, keys in (("lacks", normal - found), ("has no place for", found - normal)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:4])
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            raise AdapterError(
+                f"adapter {adapter_name!r}: the stored file {what} {shown}{more}; "
+                "its configuration and its weights do not belong together."
+            )
+
+
+def _auto_class(config: SO8TConfig) -> Any:
+    mapped = (config.auto_mapping or {}).get("base_model_class")
+    name = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), mapped)
+    if name is None or not hasattr(transformers, name):
+        raise AdapterError(
+            f"cannot tell the class of the base model (task_type={config.task_type}, class {mapped}); pass base=MODEL."
+        )
+    return getattr(transformers, name)
