@@ -7,7 +7,6 @@ is an error that lists every reason: there is no silent fallback, and no environ
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -56,16 +55,18 @@ def explain(candidates: Sequence[Candidate]) -> str:
     return "\n".join(f"  {c.name}: " + ("can run" if not c.reasons else "; ".join(c.reasons)) for c in candidates)
 
 
-@functools.cache
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def triton_installed() -> bool:
     """Whether Triton can be imported here."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
-@functools.cache
 def interpreting() -> bool:
     """Whether kernels decorated in this process run in Triton's interpreter (read once, before decoration)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _INTERPRETING
 
 
 def triton_reasons(*tensors: torch.Tensor) -> tuple[str, ...]:
