@@ -83,7 +83,7 @@ class OpPair:
     """One public function: its definition, its production, and how they are judged.
 
     Attributes:
-        name: ``"room.function"``.
+        name: ``"room.function"``; a second declaration of one function (other keywords) adds ``":suffix"``.
         reference: ``so8t_jax`` function on ONE example.
         production: ``so8t_torch`` function; takes leading batch axes on every argument not in ``shared``.
         inputs: named input strategies, the generic one first (the finite-difference checks run on it); each maps

@@ -1,0 +1,76 @@
+"""How parity tests run: JAX in float64, shapes checked, one thread, drawn examples reproducible, skips counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from parity_tests.harness import environment
+
+environment.check_shapes()
+environment.prepare()
+
+settings.register_profile("dev", max_examples=50, derandomize=True, database=None, deadline=None)
+settings.register_profile("ci", max_examples=200, derandomize=True, database=None, deadline=None)
+settings.register_profile(
+    "nightly", max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw as CI does unless ``--hypothesis-profile`` names another profile."""
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("ci")
+    config.pluginmanager.register(SkipCount(), "parity-skip-count")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep interpreter tests in a process that interprets kernels, and every other test out of it."""
+    from so8t_torch.core.backend import interpreting
+
+    kept = [item for item in items if (item.get_closest_marker("interpreter") is not None) == interpreting()]
+    dropped = [item for item in items if item not in set(kept)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+class SkipCount:
+    """Fails a session in which more generated tests were skipped than the census records."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a skip; expected failures are reported as skips too and have their own record."""
+        if report.skipped and not hasattr(report, "wasxfail") and report.nodeid.startswith("parity_tests/"):
+            self.skipped += 1
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Compare with the census, in the process that sees every report."""
+        if hasattr(session.config, "workerinput"):
+            return
+        from parity_tests.harness.census import recorded
+
+        if self.skipped > recorded()["skips"]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say why the session failed when the skips grew."""
+        from parity_tests.harness.census import recorded
+
+        allowed = recorded()["skips"]
+        if self.skipped > allowed:
+            terminalreporter.write_line(
+                f"parity: {self.skipped} tests skipped, the census allows {allowed}; "
+                "find out why, or record it with `python -m parity_tests --census`",
+                red=True,
+            )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    environment.prepare()
+    yield

@@ -1,0 +1,444 @@
+"""The harness caught in the act: each fault is planted in a sound toy pair and must turn exactly that check red."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from parity_tests.harness import Budget, Law, OpPair, ParityError, Rejection, cases, generate_tests
+from parity_tests.harness.pair import Carry
+from parity_tests.harness.vocabulary import room_problems
+
+
+def toy_reference(x: Any, weight: Any) -> Any:
+    """Return Σ w x and x w / (1 + |x|²)."""
+    return jnp.sum(weight * x), x * weight / (1 + jnp.sum(x * x))
+
+
+def toy_production(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"expected as many weights as entries ({x.shape[-1]}), got {weight.shape[-1]}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    high, scale = x.to(wide), weight.to(wide)
+    total = (scale * high).sum(-1)
+    return total.to(x.dtype), (high * scale / (1 + (high * high).sum(-1, keepdim=True))).to(x.dtype)
+
+
+def toy_oracle(x: np.ndarray, weight: np.ndarray) -> Any:
+    return np.asarray(float(weight @ x)), np.array([a * b / (1.0 + float(x @ x)) for a, b in zip(x, weight, strict=True)])
+
+
+def toy_inputs(generator: np.random.Generator, size: Any) -> tuple[np.ndarray, np.ndarray]:
+    return generator.standard_normal(size["n"]) + 1.0, generator.standard_normal(size["n"]) + 2.0
+
+
+def odd_in_weight(f: Callable[..., Any], example: tuple[Any, ...]) -> Any:
+    x, weight = example
+    return f(x, weight)[1] + f(x, -weight)[1]
+
+
+SOUND = OpPair(
+    name="toy.normalised",
+    reference=toy_reference,
+    production=toy_production,
+    oracle=toy_oracle,
+    inputs={"generic": toy_inputs},
+    sizes=({"n": 3}, {"n": 7}),
+    wrt=(0, 1),
+    budget=Budget(forward=4, gradient=6),
+    laws=(Law("odd_in_weight", odd_in_weight, budget=4),),
+    rejections=(Rejection("lengths", lambda: (torch.ones(3), torch.ones(4)), ValueError, "as many weights"),),
+)
+
+test_sound_toy = generate_tests([SOUND])
+
+
+def red(pair: OpPair, *checks: str) -> dict[str, str]:
+    """Return case name → text of every case that fails."""
+    found = {}
+    for case in cases([pair], checks) if checks else cases([pair]):
+        if case.unavailable is None:
+            try:
+                case.run()
+            except ParityError as error:
+                found[case.name] = str(error)
+    return found
+
+
+def with_production(production: Callable[..., Any], **changes: Any) -> OpPair:
+    return dataclasses.replace(SOUND, production=production, **changes)
+
+
+def test_eight_eps_are_too_many_in_every_dtype():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return total * (1 + 8 * torch.finfo(x.dtype).eps), y
+
+    names = red(with_production(wrong), "forward")
+    assert {name.rpartition("-")[2] for name in names} == set(SOUND.dtypes)
+    assert all("output 0" in text and "output 1" not in text for text in names.values())
+
+
+def test_eight_eps_are_too_many_below_float64_whatever_the_budget_says():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return total * (1 + 8 * torch.finfo(x.dtype).eps), y
+
+    names = red(with_production(wrong, budget=Budget(forward=100, gradient=100)), "forward")
+    assert {name.rpartition("-")[2] for name in names} == {"float32", "bfloat16", "float16"}
+
+
+class _Swapped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return cotangents[0] * x, cotangents[0] * weight
+
+
+def test_two_swapped_gradients():
+    def product(x: Any, weight: Any) -> Any:
+        return x * weight
+
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        return _Swapped.apply(x, weight)
+
+    pair = with_production(wrong, reference=product, oracle=lambda x, w: np.multiply(x, w), twice=False, laws=())
+    assert not red(pair, "forward")
+    text = "\n".join(red(pair, "gradient").values())
+    assert "gradient of argument 0" in text
+    assert "gradient of argument 1" in text
+    assert red(pair, "gradcheck")
+
+
+def test_detached_input():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        return toy_production(x, weight.detach())
+
+    assert not red(with_production(wrong), "forward")
+    assert all("argument 1" in text and "None" in text for text in red(with_production(wrong), "gradient").values())
+    assert red(with_production(wrong), "gradient")
+
+
+def test_every_input_detached():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        return toy_production(x.detach(), weight.detach())
+
+    assert all("no output depends" in text for text in red(with_production(wrong), "gradient").values())
+    assert red(with_production(wrong), "gradient")
+
+
+def test_gradient_that_is_zero_everywhere():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight.detach())
+        return total + 0 * weight.sum(-1), y
+
+    assert all("zero everywhere" in text for text in red(with_production(wrong), "gradient").values())
+    assert red(with_production(wrong), "gradient")
+
+
+def test_one_output_missing():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        return (toy_production(x, weight)[0],)
+
+    text = red(with_production(wrong), "forward")
+    assert len(text) == len(list(cases([SOUND], ["forward"])))
+    assert all("structure" in line for line in text.values())
+
+
+def test_list_for_a_tuple():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        return list(toy_production(x, weight))
+
+    assert all("[*, *]" in line for line in red(with_production(wrong), "forward").values())
+    assert red(with_production(wrong), "forward")
+
+
+def test_shape_that_would_broadcast():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return total.unsqueeze(-1), y
+
+    assert all("expected shape" in line for line in red(with_production(wrong), "forward").values())
+    assert red(with_production(wrong), "forward")
+
+
+def test_result_in_another_dtype():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return total.float(), y
+
+    names = red(with_production(wrong), "forward")
+    assert {name.rpartition("-")[2] for name in names} == {"float64", "bfloat16", "float16"}
+
+
+def _poles(name: str) -> OpPair:
+    def reference(x: Any) -> Any:
+        return jnp.log(x)
+
+    def production(x: torch.Tensor) -> torch.Tensor:
+        return torch.log(x)
+
+    return OpPair(
+        name=name,
+        reference=reference,
+        production=production,
+        oracle=lambda x: np.log(np.abs(x)) + np.where(x < 0, np.nan, 0.0),
+        inputs={"negative": lambda generator, _size: (np.array([2.0, -1.0, generator.uniform(2, 3)]),)},
+        sizes=({},),
+        budget=Budget(forward=2),
+    )
+
+
+def test_nan_in_the_same_place_on_both_sides():
+    pair = _poles("toy.log")
+    assert all("non-finite" in line for line in red(pair, "forward", "oracle").values())
+    assert len(red(pair, "forward", "oracle")) == len(list(cases([pair], ["forward", "oracle"])))
+
+
+def test_declared_nan_is_accepted_in_its_place_only():
+    pair = dataclasses.replace(_poles("toy.log"), nonfinite=("negative",), dtypes=("float64", "float32"))
+    assert not red(pair, "forward", "oracle")
+    moved = dataclasses.replace(pair, production=lambda x: torch.log(x.roll(1, -1)))
+    assert all("same places" in line for line in red(moved, "forward").values())
+    assert red(moved, "forward")
+
+
+def _reduction(batch: torch.Tensor) -> torch.Tensor:
+    # the mean over the batch is lost in rounding below 1 eps of the budget, but it is there
+    return batch + (batch.mean(0, keepdim=True) - batch) * torch.finfo(batch.dtype).eps * (batch.shape[0] > 1)
+
+
+def test_reduction_that_depends_on_the_batch():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return total, y * (1 + 0.01 * (x.shape[0] > 1)) if x.dim() > 1 else y
+
+    assert red(with_production(wrong), "batch")
+
+
+def test_reduction_that_depends_on_the_batch_by_one_rounding():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return _reduction(total) if total.dim() else total, y
+
+    roomy = Budget(forward=16, gradient=16)
+    assert not red(with_production(wrong, budget=roomy, dtypes=("float64",)), "batch", "forward")
+    text = red(with_production(wrong, budget=roomy, dtypes=("float64",), bitwise_batch=True), "batch")
+    assert all("bit for bit" in line for line in text.values())
+    assert text
+
+
+def test_sound_toy_is_bitwise_equal_row_by_row():
+    assert not red(dataclasses.replace(SOUND, bitwise_batch=True), "batch")
+
+
+def test_budget_so_wide_that_zeros_pass():
+    wide = dataclasses.replace(SOUND, budget=Budget(forward=1e16, gradient=1e16))
+    text = red(wide, "forward", "gradient", "meaningful")
+    assert any("an output of zeros would pass" in line for line in text.values())
+    assert any("zeros would pass on every input" in line for line in text.values())
+
+
+def test_floor_so_high_that_zeros_pass():
+    high = dataclasses.replace(SOUND, budget=Budget(forward=4, gradient=6, floor=1e20))
+    text = red(high, "meaningful")
+    assert all("zeros would pass on every input for: output 0, output 1" in line for line in text.values())
+    assert text
+
+
+def test_nothing_compared():
+    from parity_tests.harness.judge import require
+
+    with pytest.raises(ParityError, match="nothing was compared"):
+        require([])
+
+
+def test_oracle_that_is_the_reference():
+    assert "oracle is one of" in str(red(dataclasses.replace(SOUND, oracle=toy_reference), "declaration"))
+
+
+def test_oracle_that_calls_the_reference():
+    def borrowed(x: np.ndarray, weight: np.ndarray) -> Any:
+        return toy_reference(x, weight)
+
+    pair = dataclasses.replace(SOUND, oracle=borrowed)
+    assert not red(pair, "declaration")
+    assert all("calls the reference" in line for line in red(pair, "oracle").values())
+    assert red(pair, "oracle")
+
+
+def test_oracle_that_disagrees():
+    pair = dataclasses.replace(SOUND, oracle=lambda x, w: (toy_oracle(x, w)[0], 2 * toy_oracle(x, w)[1]))
+    assert all("output 1" in line for line in red(pair, "oracle").values())
+    assert red(pair, "oracle")
+
+
+def test_no_oracle_and_no_law():
+    assert "nothing judges" in str(red(dataclasses.replace(SOUND, oracle=None, laws=()), "declaration"))
+
+
+def test_positional_parameters_in_another_order():
+    def wrong(weight: torch.Tensor, x: torch.Tensor, *, backend: str = "auto") -> Any:
+        return toy_production(x, weight)
+
+    assert "positional parameters differ" in str(red(with_production(wrong), "declaration"))
+
+
+def test_keyword_that_only_one_side_has():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float = 0.0) -> Any:
+        return toy_production(x, weight)
+
+    assert "epsilon" in str(red(with_production(wrong), "declaration"))
+
+
+def test_law_that_says_nothing():
+    pair = dataclasses.replace(SOUND, laws=(Law("idle", lambda f, e: f(*e)[0] * 0.0, budget=1),))
+    assert [name for name in red(pair, "laws")] == ["toy.normalised-law-idle-notices"]
+
+
+def test_law_that_fails():
+    pair = dataclasses.replace(SOUND, laws=(Law("even", lambda f, e: f(*e)[1] - f(e[0], -e[1])[1], budget=4),))
+    assert set(red(pair, "laws")) == {"toy.normalised-law-even-reference", "toy.normalised-law-even-production"}
+
+
+def test_rejection_that_is_accepted_or_says_something_else():
+    lengths = SOUND.rejections[0]
+    mute = dataclasses.replace(lengths, match="chart")
+    kind = dataclasses.replace(lengths, arguments=lambda: (torch.ones(3), torch.ones(3)))
+    assert "expected a text" in str(red(dataclasses.replace(SOUND, rejections=(mute,)), "rejections"))
+    assert "was accepted" in str(red(dataclasses.replace(SOUND, rejections=(kind,)), "rejections"))
+
+
+def test_memory_that_is_never_written(monkeypatch: pytest.MonkeyPatch):
+    # memory that happens to hold zeros hides the fault from every other check
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return total + torch.empty(total.shape, dtype=total.dtype), y
+
+    assert not red(with_production(wrong), "forward")
+    assert all("non-finite" in line for line in red(with_production(wrong), "memory").values())
+    assert red(with_production(wrong), "memory")
+
+
+def test_strides_ignored():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        return toy_production(torch.as_strided(x, x.shape, torch.empty(x.shape).stride()), weight)
+
+    assert any("strided" in name for name in red(with_production(wrong, wrt=()), "layout"))
+
+
+def test_second_batch_axis_ignored():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return (total.flatten() if total.dim() else total), y
+
+    assert [n for n in red(with_production(wrong), "layout")] == ["toy.normalised-layout-two_axes"]
+
+
+def _running_sum(broken: bool) -> OpPair:
+    def reference(x: Any, state: Any) -> Any:
+        y = state + jnp.cumsum(x)
+        return y, y[-1]
+
+    def production(x: torch.Tensor, state: torch.Tensor) -> Any:
+        y = (0 if broken and x.shape[-1] == length // 2 else 1) * state.unsqueeze(-1) + x.cumsum(-1)
+        return y, y[..., -1]
+
+    def oracle(x: np.ndarray, state: np.ndarray) -> Any:
+        y = np.array([state + sum(x[: i + 1]) for i in range(len(x))])
+        return y, y[-1]
+
+    length = 8
+    return OpPair(
+        name="toy.running_sum",
+        reference=reference,
+        production=production,
+        oracle=oracle,
+        inputs={"positive": lambda g, _s: (g.uniform(1, 2, length), np.asarray(g.uniform(1, 2)))},
+        sizes=({},),
+        wrt=(0, 1),
+        budget=Budget(forward=4, gradient=4, gradient_floor=1.0),  # cotangents of both signs add up
+        carry=Carry(
+            split=lambda e: ((e[0][: length // 2], e[1]), lambda state: (e[0][length // 2 :], state)),
+            join=lambda a, b: (np.concatenate([a[0], b[0]]), b[1]),
+        ),
+    )
+
+
+test_sound_state = generate_tests([_running_sum(broken=False)])
+
+
+def test_state_that_is_dropped_between_halves():
+    assert not red(_running_sum(broken=True), "forward")
+    assert red(_running_sum(broken=True), "halves")
+
+
+def test_graph_break():
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        return toy_production(x, weight * float(weight.detach().sum().item() != 0))
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        red(with_production(wrong), "compiled")
+
+
+def test_complex_gradients_follow_one_convention():
+    def reference(z: Any) -> Any:
+        return z * z * (1 + 2j)
+
+    def production(z: torch.Tensor) -> torch.Tensor:
+        return z * z * (1 + 2j)
+
+    pair = OpPair(
+        name="toy.square",
+        reference=reference,
+        production=production,
+        oracle=lambda z: np.array([complex(v) ** 2 * (1 + 2j) for v in z]),
+        inputs={"generic": lambda g, _s: (g.standard_normal(5) + 1j * g.standard_normal(5),)},
+        sizes=({},),
+        wrt=(0,),
+        dtypes=("float64", "float32"),
+        budget=Budget(forward=4, gradient=4),
+    )
+    assert not red(pair)
+
+
+@pytest.fixture
+def rooms(tmp_path: Path) -> Any:
+    left, right = ModuleType("toy"), ModuleType("toy")
+    left.normalised, right.normalised = toy_reference, toy_production  # type: ignore[attr-defined]
+    left.__all__ = right.__all__ = ["normalised"]  # type: ignore[attr-defined]
+    (tmp_path / "toy.md").write_text("derivation")
+    return {"toy": left}, {"toy": right}, tmp_path
+
+
+def test_sound_room(rooms: Any):
+    left, right, pages = rooms
+    assert room_problems(left, right, [SOUND], pages) == []
+
+
+def test_missing_page_declaration_export_and_room(rooms: Any):
+    left, right, pages = rooms
+    assert "not declared" in str(room_problems(left, right, [], pages))
+    assert "on one side only" in str(room_problems(left, right | {"extra": left["toy"]}, [SOUND], pages))
+    assert "declared but not exported" in str(
+        room_problems(left, right, [SOUND, dataclasses.replace(SOUND, name="toy.other")], pages)
+    )
+    right["toy"].__all__ = ["normalised", "other"]
+    assert "toy.other is exported on one side only" in room_problems(left, right, [SOUND], pages)
+    (pages / "toy.md").unlink()
+    assert "toy has no page" in str(room_problems(left, right, [SOUND], pages))
