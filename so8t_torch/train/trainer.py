@@ -1,0 +1,255 @@
+"""The training step: supervised cross-entropy in chunks, plus the penalty, on transformers' ``Trainer``.
+
+    L = Σ_n nll_n / N_tokens + λ(step) PET
+
+N_tokens and PET's denominator count the whole optimiser step, over every micro-batch and process, so accumulation
+4 × 1 is batch 4. The loop, the schedule, checkpoints and distribution are the library's; this class supplies the loss,
+the parameter groups, the held-out loss (token-weighted, like the training one) and the checks that stop a run whose
+loss cannot train anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalPrediction
+
+from so8t_torch.adapter import gate_summary, so8t_param_groups
+from so8t_torch.core.errors import TrainingError
+from so8t_torch.data.batches import Collator
+from so8t_torch.data.chat import Encoded
+from so8t_torch.ops.second_difference import schedule_weight
+from so8t_torch.train.config import PenaltySection, TrainingSection
+from so8t_torch.train.loss import row_sums, supervised_nll
+from so8t_torch.train.meter import LossMeter, perplexity
+from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+
+LAST_STATES = -1
+"""Key under which the tap keeps the states that go into the head."""
+
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class SO8TTrainer(Trainer):
+    """Trains an adapted causal language model.
+
+    Args:
+        model: PEFT model around a Hugging Face decoder.
+        args: the library's training arguments.
+        rows: encoded training conversations.
+        held_out: encoded held-out conversations, perhaps none.
+        collator: stacks rows into batches.
+        training: optimiser, batch and loss settings.
+        penalty: settings of PET.
+        callbacks: further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        rows: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        collator: Collator,
+        training: TrainingSection,
+        penalty: PenaltySection,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        check_trainable(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=held_out or None,
+            data_collator=collator,
+            compute_metrics=_held_out_metrics,
+            callbacks=list(callbacks),
+        )
+        if self.args.n_gpu > 1:
+            raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
+        # The loss below is already divided by the counts of the whole accumulated batch.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._training, self._penalty = training, penalty
+        self._decoder, self._head = decoder_and_head(model)
+        layers = gated_layers(self._decoder) if penalty.enabled else {}
+        self._tap = ResidualTap({**layers, LAST_STATES: self._decoder})
+        self._meter = LossMeter(self.args.device)
+        self._triples = torch.tensor(0)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimiser over gates (their own rate, no decay), LoRA and modules trained whole."""
+        if self.optimizer is None:
+            groups = so8t_param_groups(
+                self.model if model is None else model,
+                self._training.lr,
+                self._training.gate_lr,
+                weight_decay=self._training.weight_decay,
+            )
+            check_groups(self.model, groups)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of one optimiser step and its number of supervised tokens; count its triples."""
+        samples, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._penalty.enabled and samples:
+            count = torch.stack([triples(batch["attention_mask"]) for batch in samples]).sum()
+            self._triples = self._over_processes(count.to(device))
+        return samples, tokens
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this micro-batch's part of the step's loss.
+
+        Raises:
+            TrainingError: the loss is not finite, or nothing trainable reaches it; the step is named.
+        """
+        del return_outputs
+        nll, mask, streams = self._forward(model, inputs)
+        language = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
+        weight = self._weight()
+        pet = nll.new_zeros(())
+        if streams:
+            pet = penalty(streams, mask, self._triples, huber_delta=self._penalty.huber_delta)
+        loss = (language + weight * pet) * self.accelerator.num_processes
+        self._check(loss, language, pet)
+        self._meter.add(self.state.global_step, nll.sum(), nll.numel(), mask.sum(), pet, weight)
+        return loss
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the supervised losses, the attention mask and the streams after the gated layers."""
+        if "routes" in inputs:
+            self.model.base_model.set_gate_routes(inputs["routes"])
+        states = self._states(model, inputs)
+        nll, _ = supervised_nll(
+            states.pop(LAST_STATES), inputs["labels"], self._head, chunk=self._training.loss_chunk
+        )
+        return nll, inputs["attention_mask"], list(states.values())
+
+    def _states(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
+        names = ("input_ids", "attention_mask", "position_ids")
+        with self._tap.open() as states:
+            model(**{name: inputs[name] for name in names}, use_cache=False, logits_to_keep=1)
+        return states
+
+    def _weight(self) -> float:
+        if not self._penalty.enabled:
+            return 0.0
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        return schedule_weight(progress, boundaries=self._penalty.boundaries, weights=self._penalty.weights)
+
+    def _check(self, loss: Tensor, language: Tensor, pet: Tensor) -> None:
+        where = f"Step {self.state.global_step + 1}"
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"{where}: the loss is not finite (language model {language.item()}, penalty {pet.item()}). The "
+                "weights are those of the step before; lower training.lr or gate_lr, or look at this step's data."
+            )
+        needed = {"the loss": loss, "the penalty": pet} if self._penalty.enabled else {"the loss": loss}
+        for name, value in needed.items():
+            if not value.requires_grad:
+                raise TrainingError(f"{where}: {name} has no gradient; nothing trainable lies before it.")
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return for each row its summed loss and its number of supervised tokens."""
+        del prediction_loss_only, ignore_keys
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            last = self._states(model, inputs)[LAST_STATES]
+            nll, rows = supervised_nll(last, inputs["labels"], self._head, chunk=self._training.loss_chunk)
+            sums = row_sums(nll, rows, last.shape[0])
+        return None, sums, sums[:, 1]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss terms, the learning rate of each group and the gates' geometry to a training log entry."""
+        if "loss" in logs:
+            logs["loss/total"] = logs.pop("loss")
+            logs.pop("learning_rate", None)
+            logs |= self._meter.read(self._over_processes)
+            logs["pet_weight"] = self._weight()
+            logs |= {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            logs |= geometry(self.model)
+            self._meter.reset()
+        super().log(logs, start_time)
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value
+
+
+def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the token-weighted loss over every row; a row counts by its tokens, not by its batch."""
+    nll, tokens = prediction.predictions.sum(0).tolist()
+    return {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}
+
+
+def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the stack of layers and the output embedding of an adapted causal language model.
+
+    Raises:
+        TrainingError: the model changes its logits after the head, which the chunked loss does not.
+    """
+    plain: Any = model.get_base_model()
+    for name in LOGIT_TRANSFORMS:
+        if getattr(plain.config, name, None) not in (None, 1, 1.0):
+            raise TrainingError(f"{type(plain).__name__} applies {name} to its logits; the chunked loss does not.")
+    return plain.get_decoder(), plain.get_output_embeddings()
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Stop unless something is trainable and every gate parameter is float32.
+
+    Raises:
+        TrainingError: naming what is missing or the parameter of the wrong dtype.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise TrainingError("Nothing is trainable: every parameter of the model is frozen; check the adapter section.")
+    for name, parameter in model.named_parameters():
+        if ("so8t_safe" in name or "so8t_cmd" in name) and parameter.dtype != torch.float32:
+            raise TrainingError(f"{name} is {parameter.dtype}; gate generators must be float32 or they cannot move.")
+
+
+def check_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Stop unless the groups hold exactly the trainable parameters, each once.
+
+    Raises:
+        TrainingError: naming parameters that no group or two groups hold.
+    """
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    held = [id(p) for group in groups for p in group["params"]]
+    wrong = [name for key, name in names.items() if held.count(key) != 1]
+    if wrong or len(held) != len(names):
+        raise TrainingError(f"The optimiser must hold every trainable parameter once; not so for {wrong[:5]}.")
+
+
+def geometry(model: nn.Module) -> dict[str, float]:
+    """Return the gates' geometry: angles in radians overall and by layer, commutator distance, orthogonality error."""
+    gates = gate_summary(model)
+    if not gates:
+        return {}
+    each = list(gates.values())
+    return {
+        "gate/max_angle": max(gate.max_angle for gate in each),
+        "gate/mean_angle": sum(gate.mean_angle for gate in each) / len(each),
+        "gate/commutator": sum(gate.commutator for gate in each) / len(each),
+        "gate/orthogonality_error": max(gate.orthogonality_error for gate in each),
+    } | {f"gate_angle/{_short(name)}": gate.mean_angle for name, gate in gates.items()}
+
+
+def _short(name: str) -> str:
+    """Return ``"4.o_proj"`` for ``"…layers.4.self_attn.o_proj"``."""
+    parts = name.split(".")
+    return ".".join([*(part for part in parts if part.isdecimal()), parts[-1]])
