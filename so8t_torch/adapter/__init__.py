@@ -3,6 +3,7 @@
 Importing this package registers the method with PEFT.
 """
 
+from so8t_torch.adapter.bake import BakeReport, bake
 from so8t_torch.adapter.config import SO8TConfig
 from so8t_torch.adapter.layer import GeneratorCastWarning, SO8TLayer
 from so8t_torch.adapter.loading import load_adapter
@@ -14,11 +15,13 @@ from so8t_torch.adapter.summary import GateSummary, gate_summary, gated_layers, 
 register(SO8TConfig, SO8TModel)
 
 __all__ = [
+    "BakeReport",
     "GateSummary",
     "GeneratorCastWarning",
     "SO8TConfig",
     "SO8TLayer",
     "SO8TModel",
+    "bake",
     "gate_summary",
     "gated_layers",
     "load_adapter",

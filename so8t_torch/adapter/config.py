@@ -55,8 +55,8 @@ class SO8TConfig(PeftConfig):
         lora_dropout: dropout on LoRA's input, in [0, 1).
         rank_pattern: rank by module name ending or regular expression, where it differs from ``r``.
         modules_to_save: modules trained whole and stored beside the adapter.
-        quantization: how the base was stored when the adapter was made (``"none"``, ``"nf4"``, ``"fp4"``,
-            ``"int8"``); filled in when a model is wrapped, read by ``bake``.
+        quantization: the base's quantisation configuration when the adapter was made, empty if it had none;
+            filled in when a model is wrapped, and read by ``bake`` to fold into the weights that training saw.
     """
 
     target_modules: Names = None
@@ -73,7 +73,7 @@ class SO8TConfig(PeftConfig):
     lora_dropout: float = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    quantization: str | None = None
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -76,6 +76,12 @@ class SO8TLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("so8t_safe", "so8t_cmd", "so8t_lora_A", "so8t_lora_B")
     other_param_names = ("so8t_chart", "train_gates", "charts", "scaling", "so8t_dropout")
 
+    # PEFT's mixin is untyped; these are its members as used here
+    active_adapters: list[str]
+    get_base_layer: Callable[[], Any]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
+
     def __init__(self, base_layer: nn.Module, routes: GateRoutes) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -148,8 +154,8 @@ class SO8TLayer(nn.Module, BaseTunerLayer):
         super().set_requires_grad(adapter_names, requires_grad)
         self._freeze_factors([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
 
-    def coordinates(self, name: str) -> tuple[Float[Tensor, "blocks 28"], Float[Tensor, "blocks 28"]]:
-        """Return the generators (A_safe, A_cmd) of one adapter as coordinates in so(8)."""
+    def coordinates(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the generators (A_safe, A_cmd) of one adapter, (blocks, 28) coordinates in so(8)."""
         return self.so8t_safe[name], self.so8t_cmd[name]
 
     def factors(self, name: str) -> tuple[Float[Tensor, "blocks 8 8"], Float[Tensor, "blocks 8 8"]]:
@@ -261,7 +267,7 @@ class SO8TLayer(nn.Module, BaseTunerLayer):
         """Check the stored chart and the finiteness of the weights, once after each load."""
         if not self._has(name):
             return
-        chart = self.so8t_chart[name] if name in self.so8t_chart else None
+        chart = self.so8t_chart[name] if name in self.charts else None
         seen = (id(chart), -1 if chart is None or chart.is_inference() else chart._version)
         if self._verified.get(name) == seen or (chart is not None and chart.is_meta):
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from so8t_torch.adapter.config import CHARTS, SO8TConfig
 from so8t_torch.adapter.layer import SO8TLayer, chart_mismatch
 from so8t_torch.core.errors import AdapterError
 
+BAKED = "so8t_baked"
+"""Key in ``config.json`` of a baked checkpoint; transformers carries unknown keys through loading and saving."""
+
+_WEIGHTS = "adapter_model.safetensors"
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -49,7 +54,19 @@ def load_adapter(
     """
     config = read_adapter_config(path)
     model = base if isinstance(base, nn.Module) else load_base(config, base, **base_arguments)
+    baked = getattr(getattr(model, "config", None), BAKED, None)
+    if baked and (Path(path) / _WEIGHTS).is_file() and baked["adapter_sha256"] == adapter_digest(path):
+        raise AdapterError(f"{path}: this adapter is already folded into the base; loading it would apply it twice.")
     return PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def adapter_digest(path: str | Path) -> str:
+    """Return the SHA-256 of an adapter's weights file.
+
+    Args:
+        path: adapter folder.
+    """
+    return hashlib.sha256((Path(path) / _WEIGHTS).read_bytes()).hexdigest()
 
 
 def read_adapter_config(path: str | Path) -> SO8TConfig:

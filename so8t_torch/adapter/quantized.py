@@ -8,6 +8,7 @@ an error. A 4-bit layer in training mode is never repacked, and computes the sam
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from so8t_torch.core.errors import AdapterError
 _LAYERS = ("Linear4bit", "Linear8bitLt")
 
 
-def quantization(module: nn.Module) -> str:
+def quantization(module: Any) -> str:
     """Return how the layer stores its weight: ``"none"``, ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"other"``."""
     if _is(module, "Linear4bit"):
         return module.weight.quant_type
@@ -27,10 +28,12 @@ def quantization(module: nn.Module) -> str:
     return "none" if weight is not None and weight.is_floating_point() else "other"
 
 
-def quantization_of(model: nn.Module) -> str:
-    """Return how the model stores its linear layers; the first quantised one decides."""
-    kinds = (quantization(module) for module in model.modules() if isinstance(module, nn.Linear))
-    return next((kind for kind in kinds if kind != "none"), "none")
+def quantization_of(model: nn.Module) -> dict[str, Any]:
+    """Return the quantisation configuration with which the model was loaded; empty if it is not quantised."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return {}
+    return dict(config) if isinstance(config, dict) else config.to_dict()
 
 
 def keep_training_on_cpu(model: nn.Module) -> None:
@@ -94,7 +97,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
         del model.config.quantization_config
 
 
-def _plain(module: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+def _plain(module: Any, dtype: torch.dtype) -> nn.Linear:
     from bitsandbytes import functional
 
     if _is(module, "Linear4bit"):

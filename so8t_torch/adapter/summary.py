@@ -1,6 +1,6 @@
 """What the gates of a model look like: rotation angles, commutator of the two factors, orthogonality error.
 
-    R = R_cmd R_safe turns four planes of each block by angles 0 ≤ θ ≤ π:   sin²(θ/2) = eigenvalues of (I − (R + Rᵀ)/2)/2
+    R = R_cmd R_safe turns four planes of each block by 0 ≤ θ ≤ π;   sin²(θ/2) = eigenvalues of (I − (R + Rᵀ)/2)/2
 
 These are monitors for logging, never losses.
 """
