@@ -69,13 +69,7 @@ def energy(
         BackendError: the backend cannot run this call.
     """
     _check(h, mask, norm, delta)
-    *batch, length, width = h.shape
-    rows = math.prod(batch)
-    chosen = choose("second_difference", backend, _candidates(h))
-    op = eager.energy if chosen == "eager" else autograd.energy
-    arguments = (h.reshape(rows, length, width), eager.centres(mask).reshape(rows, length), float(delta))
-    total = op(*arguments) if chosen == "eager" else op(*arguments, chosen)
-    return (total / width if norm == "mean" else total).reshape(batch)
+    return _run(h, eager.centres(mask), norm, delta, backend)
 
 
 def second_difference(
@@ -114,8 +108,9 @@ def second_difference(
         )
     if not scale_floor > 0:
         raise ConfigError(f"second_difference: expected scale_floor > 0, got {scale_floor!r}.")
-    total = energy(h, mask, norm=norm, delta=delta, backend=backend).sum(-1)
-    penalty = total / eager.centres(mask).sum((-2, -1)).clamp(min=1)
+    _check(h, mask, norm, delta)
+    valid = eager.centres(mask)
+    penalty = _run(h, valid, norm, delta, backend).sum(-1) / valid.sum((-2, -1)).clamp(min=1)
     if not scale_free:
         return penalty
     square = eager.mean_square(h.detach(), mask) * (h.shape[-1] if norm == "sum" else 1)
@@ -164,6 +159,16 @@ def schedule_weight(
 def explain_backend(h: Tensor) -> str:
     """Return one line per backend: that it can run on h, or every reason why not."""
     return explain(_candidates(h))
+
+
+def _run(h: Tensor, valid: Tensor, norm: str, delta: float, backend: str) -> Tensor:
+    """Return the energy of every sequence (...) by the chosen implementation."""
+    *batch, length, width = h.shape
+    flat = (math.prod(batch), length)
+    arguments = (h.reshape(*flat, width), valid.reshape(flat), float(delta))
+    chosen = choose("second_difference", backend, _candidates(h))
+    total = eager.energy(*arguments) if chosen == "eager" else autograd.energy(*arguments, chosen)
+    return (total / width if norm == "mean" else total).reshape(batch)
 
 
 def _candidates(h: Tensor) -> list[Candidate]:

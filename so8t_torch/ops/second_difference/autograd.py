@@ -47,16 +47,16 @@ gradient = torch.library.custom_op(
 
 
 @energy.register_fake
-def _(h: Tensor, valid: Tensor, delta: float, backend: str) -> Tensor:
+def _(h: Tensor, *_: Any) -> Tensor:
     return h.new_empty((h.shape[0],), dtype=accumulation_dtype(h.dtype))
 
 
 @gradient.register_fake
-def _(grad: Tensor, h: Tensor, valid: Tensor, delta: float, backend: str) -> Tensor:
+def _(_grad: Tensor, h: Tensor, *_: Any) -> Tensor:
     return torch.empty(h.shape, dtype=h.dtype, device=h.device)
 
 
-def _save_energy(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_energy(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     h, valid, ctx.delta, ctx.backend = inputs
     ctx.save_for_backward(h, valid)
 
@@ -65,7 +65,7 @@ def _energy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return gradient(grad, *ctx.saved_tensors, ctx.delta, ctx.backend), None, None, None
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     grad, h, valid, ctx.delta, _ = inputs
     ctx.save_for_backward(grad, h, valid)
 

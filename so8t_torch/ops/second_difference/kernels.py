@@ -1,0 +1,167 @@
+"""Triton kernels of the second difference: each program walks down a strip of tokens, keeping the stencil in registers.
+
+    forward   partial[b, k, j] = Σ_{t in strip k, d in columns j} v_t ρ(h_{t+1} − 2h_t + h_{t−1})
+    backward  dh_s = 2 grad_b (c_{s−1} − 2c_s + c_{s+1}),   c_t = v_t clip(u_t, −δ, δ)
+
+Every token of a strip is read once, two (forward) or four (backward) more at its ends; no temporary is written. The
+partial sums are added by a second, ordered reduction, so the result does not depend on scheduling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from so8t_torch.core.backend import interpreting
+from so8t_torch.core.precision import accumulation_dtype
+
+def tiles(itemsize: int) -> tuple[dict[str, int], ...]:
+    """Return the tiles for elements of so many bytes: tokens per strip, channels per program, warps.
+
+    A thread holds sixteen bytes of a token, one load or store; the first tile runs where nothing can be timed.
+    """
+    shapes = ((16, 4), (32, 4), (16, 2), (8, 8))
+    return tuple(
+        {"ROWS": rows, "BLOCK": 512 * warps // itemsize, "num_warps": warps} for rows, warps in shapes
+    )
+
+
+@triton.jit
+def _row(h_ptr, t, length, stride_t, in_range, dtype: tl.constexpr):
+    """Return the channels of token t in the accumulation dtype, 0 outside the sequence."""
+    x = tl.load(h_ptr + t.to(tl.int64) * stride_t, mask=in_range & (t >= 0) & (t < length), other=0.0)
+    return x.to(dtype)
+
+
+@triton.jit
+def _clip(u, DELTA: tl.constexpr):
+    """Return clip(u, −δ, δ), u itself for δ = 0; NaN stays NaN because comparisons with it are false."""
+    if DELTA > 0.0:
+        limit = tl.full(u.shape, DELTA, u.dtype)
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+    return u
+
+
+@triton.jit
+def _centre(valid_ptr, t, length, u):
+    """Return u where token t is a centre, else 0, whatever u is."""
+    valid = tl.load(valid_ptr + t, mask=(t >= 0) & (t < length), other=0)
+    return tl.where(valid != 0, u, tl.zeros_like(u))
+
+
+@triton.jit
+def energy_kernel(
+    h_ptr,
+    valid_ptr,
+    partial_ptr,
+    length,
+    width,
+    strips,
+    stride_b,
+    stride_t,
+    stride_d,
+    DELTA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum ρ(Δ²h) over ROWS centres and BLOCK channels of one sequence."""
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    b = (tl.program_id(0) // strips).to(tl.int64)
+    first = (tl.program_id(0) % strips) * ROWS + 1
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_range = columns < width
+    h_ptr += b * stride_b + columns * stride_d
+    valid_ptr += b * length
+    before = _row(h_ptr, first - 1, length, stride_t, in_range, dtype)
+    here = _row(h_ptr, first, length, stride_t, in_range, dtype)
+    total = tl.zeros([BLOCK], dtype)
+    for i in tl.static_range(ROWS):
+        after = _row(h_ptr, first + i + 1, length, stride_t, in_range, dtype)
+        u = after - 2.0 * here + before
+        c = _clip(u, DELTA)
+        total += _centre(valid_ptr, first + i, length, c * (2.0 * u - c))
+        before = here
+        here = after
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 0))
+
+
+@triton.jit
+def gradient_kernel(
+    grad_ptr,
+    h_ptr,
+    valid_ptr,
+    dh_ptr,
+    length,
+    width,
+    strips,
+    stride_g,
+    stride_b,
+    stride_t,
+    stride_d,
+    FLOAT64: tl.constexpr,
+    DELTA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write dh = 2 grad Δ²(v c) for ROWS tokens and BLOCK channels of one sequence."""
+    dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    b = (tl.program_id(0) // strips).to(tl.int64)
+    first = (tl.program_id(0) % strips) * ROWS
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_range = columns < width
+    scale = 2.0 * tl.load(grad_ptr + b * stride_g).to(dtype)
+    h_ptr += b * stride_b + columns * stride_d
+    dh_ptr += b * length * width + columns
+    valid_ptr += b * length
+    left = _row(h_ptr, first - 1, length, stride_t, in_range, dtype)
+    here = _row(h_ptr, first, length, stride_t, in_range, dtype)
+    right = _row(h_ptr, first + 1, length, stride_t, in_range, dtype)
+    u = here - 2.0 * left + _row(h_ptr, first - 2, length, stride_t, in_range, dtype)
+    c_left = _centre(valid_ptr, first - 1, length, _clip(u, DELTA))
+    c_here = _centre(valid_ptr, first, length, _clip(right - 2.0 * here + left, DELTA))
+    for i in tl.static_range(ROWS):
+        s = first + i
+        after = _row(h_ptr, s + 2, length, stride_t, in_range, dtype)
+        c_right = _centre(valid_ptr, s + 1, length, _clip(after - 2.0 * right + here, DELTA))
+        dh = scale * (c_right - 2.0 * c_here + c_left)
+        tl.store(dh_ptr + s.to(tl.int64) * width, dh.to(dh_ptr.dtype.element_ty), mask=in_range & (s < length))
+        here = right
+        right = after
+        c_left = c_here
+        c_here = c_right
+
+
+def energy(h: Tensor, valid: Tensor, delta: float) -> Tensor:
+    """Return E (B,) of h (B, T, D), any strides."""
+    batch, length, width = h.shape
+    dtype = accumulation_dtype(h.dtype)
+    tile = tiles(h.element_size())[0]
+    strips, columns = triton.cdiv(max(length - 2, 0), tile["ROWS"]), triton.cdiv(width, tile["BLOCK"])
+    partial = torch.empty((batch, strips, columns), dtype=dtype, device=h.device)
+    if partial.numel():
+        arguments: tuple[Any, ...] = (h, _flags(valid), partial, length, width, strips, *h.stride())
+        energy_kernel[(batch * strips, columns)](*arguments, DELTA=delta, **tile)
+    return partial.sum((1, 2))
+
+
+def gradient(grad: Tensor, h: Tensor, valid: Tensor, delta: float) -> Tensor:
+    """Return grad_b · ∂E_b/∂h (B, T, D), contiguous."""
+    batch, length, width = h.shape
+    # The interpreter truncates when it stores bfloat16; let PyTorch round there.
+    stored = accumulation_dtype(h.dtype) if interpreting() else h.dtype
+    dh = torch.empty(h.shape, dtype=stored, device=h.device)
+    tile = tiles(h.element_size())[0]
+    strips, columns = triton.cdiv(length, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"])
+    if dh.numel():
+        arguments: tuple[Any, ...] = (grad, h, _flags(valid), dh, length, width, strips, *grad.stride(), *h.stride())
+        gradient_kernel[(batch * strips, columns)](*arguments, FLOAT64=h.dtype == torch.float64, DELTA=delta, **tile)
+    return dh.to(h.dtype)
+
+
+def _flags(valid: Tensor) -> Tensor:
+    """Return the centres as contiguous bytes."""
+    return valid.contiguous().view(torch.uint8)
