@@ -5,7 +5,7 @@
 a: coordinates, the strict upper triangle row by row; A ∈ so(8); R ∈ SO(8); ±iθ the eigenvalues of A.
 Everything is computed in float64 and rounded once to the dtype that came in. The derivative of exp is its Fréchet
 adjoint, ∂a = φ(ad_A)(RᵀG − GᵀR) with φ(z) = (eᶻ − 1)/z, one 8×8 product per Taylor term because [A, W] = AW − (AW)ᵀ.
-Cost per block: 8 products of 8×8 for exp, 24 for its adjoint, 1 and 3 more for each halving of the norm.
+Cost per block: 5 products of 8×8 for exp, 19 for its adjoint, 1 and 3 more for each halving of the norm.
 Derivation: docs/math/rotation.md
 """
 
@@ -13,24 +13,27 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from so8t_torch.core.errors import DomainError
 
-DEVICE_HALVINGS = 12
-"""Halvings unrolled where the host must not read the norms; blocks of norm above 2¹² come out NaN there."""
-EVEN_TERMS = 9
-"""Taylor terms of cosh and of sinh(z)/z at norm 1: the first one dropped is 1/18! = 1.6e-16."""
-ADJOINT_TERMS = 24
-"""Taylor terms of φ at |ad_A| ≤ 2: the first one dropped is 2²⁴/25! = 1.1e-18."""
+NORM_LIMIT = 0.25
+"""Blocks are halved until |a| ≤ 1/4; the Taylor degrees below are chosen for that norm."""
+DEVICE_HALVINGS = 14
+"""Halvings unrolled where the host must not wait for the norms: a block with |a| > 2¹² comes out NaN there."""
+SERIES_DEGREE = {torch.float64: 12, torch.float32: 9}
+"""Degree of Taylor's polynomial at norm 1/4: the first term dropped is 2e-18, and 3e-13 for a float32 answer."""
+ADJOINT_TERMS = {torch.float64: 14, torch.float32: 8}
+"""Terms of φ at |ad_A| ≤ 1/2: the first one dropped is 5e-17, and 1e-8 for a float32 answer."""
 ROOTS, ROOT_ITERATIONS, LOG_NODES = 2, 16, 12
 
 
 @functools.cache
-def _indices(device: torch.device) -> tuple[Tensor, Tensor]:
+def _layout(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return where each of the 64 entries finds its value in (a, −a, 0), and where each coordinate sits in 64."""
     row, column = torch.triu_indices(8, 8, offset=1)
     source = torch.full((64,), 56)
@@ -39,102 +42,150 @@ def _indices(device: torch.device) -> tuple[Tensor, Tensor]:
     return source.to(device), (row * 8 + column).to(device)
 
 
+@functools.cache
+def _basis(device: torch.device) -> Tensor:
+    """Return the 28 matrices E_ij − E_ji, flattened, as the rows of one matrix."""
+    return skew(torch.eye(28, dtype=torch.float64, device=device)).flatten(1)
+
+
 def skew(coordinates: Tensor) -> Tensor:
     """Fill the strict upper triangle with the coordinates and the lower one with their negatives."""
-    source, _ = _indices(coordinates.device)
+    source, _ = _layout(coordinates.device)
     values = torch.cat([coordinates, -coordinates, torch.zeros_like(coordinates[..., :1])], dim=-1)
     return values.index_select(-1, source).unflatten(-1, (8, 8))
 
 
 def unskew(matrix: Tensor) -> Tensor:
     """Read the strict upper triangle of (M − Mᵀ)/2."""
-    _, upper = _indices(matrix.device)
-    return ((matrix - matrix.mT) / 2).flatten(-2).index_select(-1, upper)
+    return _upper((matrix - matrix.mT) / 2)
 
 
-def halvings(A: Tensor, norm_limit: float = 1.0) -> Tensor:
-    """Return per matrix how often A must be halved until its spectral norm is at most ``norm_limit``.
+def _upper(matrix: Tensor) -> Tensor:
+    _, upper = _layout(matrix.device)
+    return matrix.flatten(-2).index_select(-1, upper)
 
-    The eigenvalues of a skew matrix come in pairs ±iθ, so that ‖A‖_F² = 2 Σ θ² and ‖A‖_F/√2 bounds the largest.
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Generators brought under the norm limit, and how to undo that."""
+
+    X: Tensor
+    needed: Tensor
+    least: int
+    most: int
+    answer: torch.dtype
+
+    def where_needed(self, j: int, taken: Tensor, kept: Tensor) -> Tensor:
+        """Return ``taken`` for the blocks that still need their j-th doubling, ``kept`` for the others."""
+        return taken if j < self.least else torch.where((j < self.needed)[:, None, None], taken, kept)
+
+
+def _generators(coordinates: Tensor) -> _Scaled:
+    """Return A (n, 8, 8) halved to the norm limit.
+
+    The eigenvalues of A come in pairs ±iθ, so that |a|² = ‖A‖_F²/2 = Σ θ² bounds the largest angle.
     """
-    norm = torch.linalg.matrix_norm(A.detach()) / (math.sqrt(2) * norm_limit)
-    return norm.frexp().exponent.clamp(min=0)
+    a = coordinates.reshape(-1, 28).double()
+    needed = (torch.linalg.vector_norm(a.detach(), dim=-1) / NORM_LIMIT).frexp().exponent.clamp(min=0)
+    least, most = _range(needed)
+    # torch.ldexp differentiates wrongly with respect to its first argument when the exponent is an integer tensor
+    scale = torch.ldexp(torch.ones_like(needed, dtype=a.dtype), -needed)
+    scale = scale.masked_fill(needed > most, torch.nan)
+    X = ((a * scale[:, None]) @ _basis(a.device)).view(-1, 8, 8)
+    answer = torch.float64 if coordinates.dtype == torch.float64 else torch.float32
+    return _Scaled(X, needed, least, most, answer)
 
 
-def halving_count(needed: Tensor) -> int:
-    """Return how many halvings to unroll: the largest needed on the CPU, a constant where reading it would wait."""
-    if needed.device.type == "cpu" and not isinstance(needed, torch._subclasses.FakeTensor):
-        return int(needed.max()) if needed.numel() else 0
-    return DEVICE_HALVINGS
+def _range(needed: Tensor) -> tuple[int, int]:
+    """Return the fewest and the most halvings of any block, or bounds on them where reading would stall a device."""
+    if needed.device.type != "cpu":
+        return 0, DEVICE_HALVINGS
+    return (int(needed.min()), int(needed.max())) if needed.numel() else (0, 0)
 
 
-def powers_of_exp(A: Tensor, needed: Tensor, count: int) -> list[Tensor]:
-    """Return exp(A/2^s), and its squares up to exp(A), s per matrix; [j] is the value after at most j squarings."""
-    X = torch.ldexp(A, -needed[..., None, None])
-    R = _taylor(X)
-    chain = [R]
-    for j in range(count):
-        R = torch.where((j < needed)[..., None, None], R @ R, R)
-        chain.append(R)
+def _squarings(scaled: _Scaled) -> list[Tensor]:
+    """Return exp(X) and its squares: the last one is exp(2^s X), s the number that each block needed."""
+    chain = [_series(scaled.X, SERIES_DEGREE[scaled.answer])]
+    for j in range(scaled.most):
+        R = chain[-1]
+        chain.append(scaled.where_needed(j, torch.bmm(R, R), R))
     return chain
 
 
-def _taylor(X: Tensor) -> Tensor:
-    """Return Σ_{k<18} X^k/k! as cosh(X) + X·(sinh(X)/X), both polynomials in X² that share its powers."""
+@functools.cache
+def _series_coefficients(degree: int, device: torch.device) -> Tensor:
+    """Return Taylor's coefficients as rows of four: polynomials in X up to X³, to be joined by powers of X³."""
+    c = [1 / math.factorial(k) for k in range(degree + 1)]
+    rows = [[*c[k : k + 3], 0.0] for k in range(0, degree - 3, 3)]
+    return torch.tensor([*rows, c[-4:]], dtype=torch.float64, device=device)
+
+
+def _series(X: Tensor, degree: int) -> Tensor:
+    """Return Σ_{k≤degree} X^k/k! with degree/3 + 1 products (Paterson and Stockmeyer)."""
     identity = torch.eye(8, dtype=X.dtype, device=X.device).expand_as(X)
-    B = X @ X
-    B2 = B @ B
-    powers = (identity, B, B2, B2 @ B)
-    B4 = B2 @ B2
-
-    def series(shift: int) -> Tensor:
-        c = [1 / math.factorial(2 * k + shift) for k in range(EVEN_TERMS)]
-        low = sum(ck * P for ck, P in zip(c[:4], powers, strict=True))
-        high = sum(ck * P for ck, P in zip(c[4:8], powers, strict=True)) + c[8] * B4
-        return low + B4 @ high
-
-    return series(0) + X @ series(1)
-
-
-def polish(R: Tensor) -> Tensor:
-    """Return R(3I − RᵀR)/2, one Newton step to the nearest rotation: squarings leave 2^s·eps, this leaves eps."""
-    identity = torch.eye(8, dtype=R.dtype, device=R.device)
-    return R @ (1.5 * identity - 0.5 * (R.mT @ R))
+    X2 = torch.bmm(X, X)
+    X3 = torch.bmm(X2, X)
+    powers = torch.stack([identity, X, X2, X3]).flatten(1)
+    *lower, total = (_series_coefficients(degree, X.device) @ powers).view(-1, *X.shape)
+    for part in reversed(lower):
+        total = torch.baddbmm(part, X3, total)
+    return total
 
 
 def exponential(coordinates: Tensor) -> Tensor:
-    """Return exp of the skew matrices, in float64 inside."""
-    A = skew(coordinates.double())
-    needed = halvings(A)
-    R = polish(powers_of_exp(A, needed, halving_count(needed))[-1])
-    return R.to(coordinates.dtype)
+    """Return exp of the skew matrices.
+
+    Squaring s times leaves an orthogonality error of 2^s eps, nothing to a float32 answer; for a float64 one a Newton
+    step R (3I − RᵀR)/2 brings it back to eps.
+    """
+    scaled = _generators(coordinates)
+    R = _squarings(scaled)[-1]
+    if scaled.most and scaled.answer == torch.float64:
+        identity = torch.eye(8, dtype=R.dtype, device=R.device).expand_as(R)
+        polished = torch.bmm(R, torch.baddbmm(identity, R.mT, R, beta=1.5, alpha=-0.5))
+        R = scaled.where_needed(0, polished, R)
+    return R.view(*coordinates.shape[:-1], 8, 8).to(coordinates.dtype)
 
 
 def exponential_adjoint(coordinates: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient with respect to the coordinates, given the one with respect to exp."""
-    A = skew(coordinates.double())
-    needed = halvings(A)
-    chain = powers_of_exp(A, needed, halving_count(needed))
-    M = chain[-1].mT @ grad.double()
-    X = torch.ldexp(A, -needed[..., None, None])
+    """Return the gradient with respect to the coordinates, given the one with respect to exp.
+
+    φ(ad_X) W = W + [X, W + [X, W + …]/3]/2 at the scaled X, then φ(2 ad) = (I + Ad_exp) φ(ad)/2 once per halving.
+    """
+    scaled = _generators(coordinates)
+    *chain, R = _squarings(scaled)
+    M = torch.bmm(R.mT, grad.reshape(-1, 8, 8).double())
     W = M - M.mT
-    total = W
-    for k in range(2, ADJOINT_TERMS + 1):
-        P = X @ W
-        W = (P - P.mT) / k
-        total = total + W
-    for j, R in enumerate(chain[:-1]):
-        doubled = (total + R @ total @ R.mT) / 2
-        total = torch.where((j < needed)[..., None, None], doubled, total)
-    return unskew(total).to(coordinates.dtype)
+    half = W / 2
+    for k in range(ADJOINT_TERMS[scaled.answer], 1, -1):
+        U = torch.baddbmm(half, scaled.X, W, alpha=1 / k)
+        W = U - U.mT
+    for j, S in enumerate(chain):
+        W = scaled.where_needed(j, torch.baddbmm(W, torch.bmm(S, W), S.mT, beta=0.5, alpha=0.5), W)
+    return _upper(W).view(coordinates.shape).to(coordinates.dtype)
 
 
 def cayley(coordinates: Tensor) -> Tensor:
-    """Return (I − A/2)⁻¹(I + A/2); I − A/2 is never singular, so the solver's check is skipped."""
+    """Return (I − A/2)⁻¹ (I + A/2); I − A/2 is never singular, so that the solver need not report to the host."""
     half = skew(coordinates.double()) / 2
     identity = torch.eye(8, dtype=half.dtype, device=half.device)
     R, _ = torch.linalg.solve_ex(identity - half, identity + half)
     return R.to(coordinates.dtype)
+
+
+def logarithm(rotation: Tensor, cut_margin: float) -> Tensor:
+    """Return the principal logarithm: two square roots, then ∫₀¹ (R − I)(I + t(R − I))⁻¹ dt by Gauss–Legendre."""
+    R = rotation.double()
+    identity = torch.eye(8, dtype=R.dtype, device=R.device)
+    _refuse_cut(R.detach() + identity, cut_margin)
+    for _ in range(ROOTS):
+        R = _square_root(R)
+    E = R - identity
+    nodes, weights = np.polynomial.legendre.leggauss(LOG_NODES)
+    log = torch.zeros_like(R)
+    for t, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        log = log + weight * torch.linalg.solve_ex(identity + t * E, E)[0]
+    return unskew(2**ROOTS * log).to(rotation.dtype)
 
 
 def _square_root(R: Tensor) -> Tensor:
@@ -145,34 +196,13 @@ def _square_root(R: Tensor) -> Tensor:
     return Y
 
 
-def logarithm(rotation: Float[Tensor, "*batch 8 8"], cut_margin: float) -> Float[Tensor, "*batch 28"]:
-    """Return the principal logarithm: two square roots, then ∫₀¹ (R − I)(I + t(R − I))⁻¹ dt by Gauss–Legendre."""
-    R = rotation.double()
-    identity = torch.eye(8, dtype=R.dtype, device=R.device)
-    _refuse_cut(R.detach() + identity, cut_margin)
-    for _ in range(ROOTS):
-        R = _square_root(R)
-    E = R - identity
-    nodes, weights = _gauss_legendre()
-    total = sum(w * torch.linalg.solve_ex(identity + t * E, E)[0] for t, w in zip(nodes, weights, strict=True))
-    return unskew(2**ROOTS * total).to(rotation.dtype)
-
-
-@functools.cache
-def _gauss_legendre() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    import numpy as np
-
-    nodes, weights = np.polynomial.legendre.leggauss(LOG_NODES)
-    return tuple((nodes + 1) / 2), tuple(weights / 2)
-
-
 def _refuse_cut(shifted: Tensor, cut_margin: float) -> None:
-    """Raise where the smallest singular value of R + I, 2·cos(θ/2), says that an angle is within the margin of π."""
+    """Raise where the smallest singular value of R + I, 2 cos(θ/2), says that an angle is within the margin of π."""
     smallest = torch.linalg.svdvals(shifted)[..., -1]
-    nearest = float(smallest.min()) if smallest.numel() else math.inf
+    nearest = float(smallest.min()) if smallest.numel() else 2.0
     if not nearest > 2 * math.sin(cut_margin / 2):
         raise DomainError(
             f"logarithm: expected every rotation angle at least cut_margin = {cut_margin:g} rad below π, where the "
-            f"principal logarithm is unique; the nearest is {2 * math.asin(min(nearest / 2, 1.0)):.3g} rad from π. "
+            f"principal logarithm is unique; the nearest is {2 * math.asin(min(nearest / 2, 1.0)):.3g} rad below. "
             "Keep the coordinates instead of recovering them, or compose with a small rotation first."
         )
