@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -14,9 +12,7 @@ environment.prepare()
 
 settings.register_profile("dev", max_examples=50, derandomize=True, database=None, deadline=None)
 settings.register_profile("ci", max_examples=200, derandomize=True, database=None, deadline=None)
-settings.register_profile(
-    "nightly", max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("nightly", max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,9 +64,3 @@ class SkipCount:
                 "find out why, or record it with `python -m parity_tests --census`",
                 red=True,
             )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    environment.prepare()
-    yield

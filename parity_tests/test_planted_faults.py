@@ -23,7 +23,7 @@ def toy_reference(x: Any, weight: Any) -> Any:
     return jnp.sum(weight * x), x * weight / (1 + jnp.sum(x * x))
 
 
-def toy_production(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def toy_production(x: torch.Tensor, weight: torch.Tensor) -> Any:
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"expected as many weights as entries ({x.shape[-1]}), got {weight.shape[-1]}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -33,7 +33,8 @@ def toy_production(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "aut
 
 
 def toy_oracle(x: np.ndarray, weight: np.ndarray) -> Any:
-    return np.asarray(float(weight @ x)), np.array([a * b / (1.0 + float(x @ x)) for a, b in zip(x, weight, strict=True)])
+    scale = 1.0 + float(x @ x)
+    return np.asarray(float(weight @ x)), np.array([a * b / scale for a, b in zip(x, weight, strict=True)])
 
 
 def toy_inputs(generator: np.random.Generator, size: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +78,8 @@ def with_production(production: Callable[..., Any], **changes: Any) -> OpPair:
     return dataclasses.replace(SOUND, production=production, **changes)
 
 
-def test_eight_eps_are_too_many_in_every_dtype():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_eight_eps_are_too_many_in_every_dtype() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return total * (1 + 8 * torch.finfo(x.dtype).eps), y
 
@@ -87,8 +88,8 @@ def test_eight_eps_are_too_many_in_every_dtype():
     assert all("output 0" in text and "output 1" not in text for text in names.values())
 
 
-def test_eight_eps_are_too_many_below_float64_whatever_the_budget_says():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_eight_eps_are_too_many_below_float64_whatever_the_budget_says() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return total * (1 + 8 * torch.finfo(x.dtype).eps), y
 
@@ -108,11 +109,11 @@ class _Swapped(torch.autograd.Function):
         return cotangents[0] * x, cotangents[0] * weight
 
 
-def test_two_swapped_gradients():
+def test_two_swapped_gradients() -> None:
     def product(x: Any, weight: Any) -> Any:
         return x * weight
 
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         return _Swapped.apply(x, weight)
 
     pair = with_production(wrong, reference=product, oracle=lambda x, w: np.multiply(x, w), twice=False, laws=())
@@ -123,8 +124,8 @@ def test_two_swapped_gradients():
     assert red(pair, "gradcheck")
 
 
-def test_detached_input():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_detached_input() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         return toy_production(x, weight.detach())
 
     assert not red(with_production(wrong), "forward")
@@ -132,16 +133,16 @@ def test_detached_input():
     assert red(with_production(wrong), "gradient")
 
 
-def test_every_input_detached():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_every_input_detached() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         return toy_production(x.detach(), weight.detach())
 
     assert all("no output depends" in text for text in red(with_production(wrong), "gradient").values())
     assert red(with_production(wrong), "gradient")
 
 
-def test_gradient_that_is_zero_everywhere():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_gradient_that_is_zero_everywhere() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight.detach())
         return total + 0 * weight.sum(-1), y
 
@@ -149,8 +150,8 @@ def test_gradient_that_is_zero_everywhere():
     assert red(with_production(wrong), "gradient")
 
 
-def test_one_output_missing():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_one_output_missing() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         return (toy_production(x, weight)[0],)
 
     text = red(with_production(wrong), "forward")
@@ -158,16 +159,16 @@ def test_one_output_missing():
     assert all("structure" in line for line in text.values())
 
 
-def test_list_for_a_tuple():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_list_for_a_tuple() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         return list(toy_production(x, weight))
 
     assert all("[*, *]" in line for line in red(with_production(wrong), "forward").values())
     assert red(with_production(wrong), "forward")
 
 
-def test_shape_that_would_broadcast():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_shape_that_would_broadcast() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return total.unsqueeze(-1), y
 
@@ -175,8 +176,8 @@ def test_shape_that_would_broadcast():
     assert red(with_production(wrong), "forward")
 
 
-def test_result_in_another_dtype():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_result_in_another_dtype() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return total.float(), y
 
@@ -202,13 +203,13 @@ def _poles(name: str) -> OpPair:
     )
 
 
-def test_nan_in_the_same_place_on_both_sides():
+def test_nan_in_the_same_place_on_both_sides() -> None:
     pair = _poles("toy.log")
     assert all("non-finite" in line for line in red(pair, "forward", "oracle").values())
     assert len(red(pair, "forward", "oracle")) == len(list(cases([pair], ["forward", "oracle"])))
 
 
-def test_declared_nan_is_accepted_in_its_place_only():
+def test_declared_nan_is_accepted_in_its_place_only() -> None:
     pair = dataclasses.replace(_poles("toy.log"), nonfinite=("negative",), dtypes=("float64", "float32"))
     assert not red(pair, "forward", "oracle")
     moved = dataclasses.replace(pair, production=lambda x: torch.log(x.roll(1, -1)))
@@ -221,16 +222,16 @@ def _reduction(batch: torch.Tensor) -> torch.Tensor:
     return batch + (batch.mean(0, keepdim=True) - batch) * torch.finfo(batch.dtype).eps * (batch.shape[0] > 1)
 
 
-def test_reduction_that_depends_on_the_batch():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_reduction_that_depends_on_the_batch() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return total, y * (1 + 0.01 * (x.shape[0] > 1)) if x.dim() > 1 else y
 
     assert red(with_production(wrong), "batch")
 
 
-def test_reduction_that_depends_on_the_batch_by_one_rounding():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_reduction_that_depends_on_the_batch_by_one_rounding() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return _reduction(total) if total.dim() else total, y
 
@@ -241,36 +242,36 @@ def test_reduction_that_depends_on_the_batch_by_one_rounding():
     assert text
 
 
-def test_sound_toy_is_bitwise_equal_row_by_row():
+def test_sound_toy_is_bitwise_equal_row_by_row() -> None:
     assert not red(dataclasses.replace(SOUND, bitwise_batch=True), "batch")
 
 
-def test_budget_so_wide_that_zeros_pass():
+def test_budget_so_wide_that_zeros_pass() -> None:
     wide = dataclasses.replace(SOUND, budget=Budget(forward=1e16, gradient=1e16))
     text = red(wide, "forward", "gradient", "meaningful")
     assert any("an output of zeros would pass" in line for line in text.values())
     assert any("zeros would pass on every input" in line for line in text.values())
 
 
-def test_floor_so_high_that_zeros_pass():
+def test_floor_so_high_that_zeros_pass() -> None:
     high = dataclasses.replace(SOUND, budget=Budget(forward=4, gradient=6, floor=1e20))
     text = red(high, "meaningful")
     assert all("zeros would pass on every input for: output 0, output 1" in line for line in text.values())
     assert text
 
 
-def test_nothing_compared():
+def test_nothing_compared() -> None:
     from parity_tests.harness.judge import require
 
     with pytest.raises(ParityError, match="nothing was compared"):
         require([])
 
 
-def test_oracle_that_is_the_reference():
+def test_oracle_that_is_the_reference() -> None:
     assert "oracle is one of" in str(red(dataclasses.replace(SOUND, oracle=toy_reference), "declaration"))
 
 
-def test_oracle_that_calls_the_reference():
+def test_oracle_that_calls_the_reference() -> None:
     def borrowed(x: np.ndarray, weight: np.ndarray) -> Any:
         return toy_reference(x, weight)
 
@@ -280,41 +281,41 @@ def test_oracle_that_calls_the_reference():
     assert red(pair, "oracle")
 
 
-def test_oracle_that_disagrees():
+def test_oracle_that_disagrees() -> None:
     pair = dataclasses.replace(SOUND, oracle=lambda x, w: (toy_oracle(x, w)[0], 2 * toy_oracle(x, w)[1]))
     assert all("output 1" in line for line in red(pair, "oracle").values())
     assert red(pair, "oracle")
 
 
-def test_no_oracle_and_no_law():
+def test_no_oracle_and_no_law() -> None:
     assert "nothing judges" in str(red(dataclasses.replace(SOUND, oracle=None, laws=()), "declaration"))
 
 
-def test_positional_parameters_in_another_order():
-    def wrong(weight: torch.Tensor, x: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_positional_parameters_in_another_order() -> None:
+    def wrong(weight: torch.Tensor, x: torch.Tensor) -> Any:
         return toy_production(x, weight)
 
     assert "positional parameters differ" in str(red(with_production(wrong), "declaration"))
 
 
-def test_keyword_that_only_one_side_has():
+def test_keyword_that_only_one_side_has() -> None:
     def wrong(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float = 0.0) -> Any:
-        return toy_production(x, weight)
+        return toy_production(x + epsilon, weight)
 
     assert "epsilon" in str(red(with_production(wrong), "declaration"))
 
 
-def test_law_that_says_nothing():
+def test_law_that_says_nothing() -> None:
     pair = dataclasses.replace(SOUND, laws=(Law("idle", lambda f, e: f(*e)[0] * 0.0, budget=1),))
-    assert [name for name in red(pair, "laws")] == ["toy.normalised-law-idle-notices"]
+    assert list(red(pair, "laws")) == ["toy.normalised-law-idle-notices"]
 
 
-def test_law_that_fails():
+def test_law_that_fails() -> None:
     pair = dataclasses.replace(SOUND, laws=(Law("even", lambda f, e: f(*e)[1] - f(e[0], -e[1])[1], budget=4),))
     assert set(red(pair, "laws")) == {"toy.normalised-law-even-reference", "toy.normalised-law-even-production"}
 
 
-def test_rejection_that_is_accepted_or_says_something_else():
+def test_rejection_that_is_accepted_or_says_something_else() -> None:
     lengths = SOUND.rejections[0]
     mute = dataclasses.replace(lengths, match="chart")
     kind = dataclasses.replace(lengths, arguments=lambda: (torch.ones(3), torch.ones(3)))
@@ -322,11 +323,11 @@ def test_rejection_that_is_accepted_or_says_something_else():
     assert "was accepted" in str(red(dataclasses.replace(SOUND, rejections=(kind,)), "rejections"))
 
 
-def test_memory_that_is_never_written(monkeypatch: pytest.MonkeyPatch):
+def test_memory_that_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
     # memory that happens to hold zeros hides the fault from every other check
     monkeypatch.setattr(torch, "empty", torch.zeros)
 
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return total + torch.empty(total.shape, dtype=total.dtype), y
 
@@ -335,19 +336,19 @@ def test_memory_that_is_never_written(monkeypatch: pytest.MonkeyPatch):
     assert red(with_production(wrong), "memory")
 
 
-def test_strides_ignored():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_strides_ignored() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         return toy_production(torch.as_strided(x, x.shape, torch.empty(x.shape).stride()), weight)
 
     assert any("strided" in name for name in red(with_production(wrong, wrt=()), "layout"))
 
 
-def test_second_batch_axis_ignored():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+def test_second_batch_axis_ignored() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         total, y = toy_production(x, weight)
         return (total.flatten() if total.dim() else total), y
 
-    assert [n for n in red(with_production(wrong), "layout")] == ["toy.normalised-layout-two_axes"]
+    assert list(red(with_production(wrong), "layout")) == ["toy.normalised-layout-two_axes"]
 
 
 def _running_sum(broken: bool) -> OpPair:
@@ -383,20 +384,21 @@ def _running_sum(broken: bool) -> OpPair:
 test_sound_state = generate_tests([_running_sum(broken=False)])
 
 
-def test_state_that_is_dropped_between_halves():
+def test_state_that_is_dropped_between_halves() -> None:
     assert not red(_running_sum(broken=True), "forward")
     assert red(_running_sum(broken=True), "halves")
 
 
-def test_graph_break():
-    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
-        return toy_production(x, weight * float(weight.detach().sum().item() != 0))
+def test_graph_break() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
+        torch._dynamo.graph_break()
+        return toy_production(x, weight)
 
     with pytest.raises(torch._dynamo.exc.Unsupported):
         red(with_production(wrong), "compiled")
 
 
-def test_complex_gradients_follow_one_convention():
+def test_complex_gradients_follow_one_convention() -> None:
     def reference(z: Any) -> Any:
         return z * z * (1 + 2j)
 
@@ -426,12 +428,12 @@ def rooms(tmp_path: Path) -> Any:
     return {"toy": left}, {"toy": right}, tmp_path
 
 
-def test_sound_room(rooms: Any):
+def test_sound_room(rooms: Any) -> None:
     left, right, pages = rooms
     assert room_problems(left, right, [SOUND], pages) == []
 
 
-def test_missing_page_declaration_export_and_room(rooms: Any):
+def test_missing_page_declaration_export_and_room(rooms: Any) -> None:
     left, right, pages = rooms
     assert "not declared" in str(room_problems(left, right, [], pages))
     assert "on one side only" in str(room_problems(left, right | {"extra": left["toy"]}, [SOUND], pages))

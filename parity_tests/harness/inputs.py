@@ -42,9 +42,7 @@ class Inputs:
 
     def example(self, row: int) -> tuple[Any, ...]:
         """Return the positional arguments of one example."""
-        return tuple(
-            a if axis is None else a[row] for a, axis in zip(self.arguments, self.axes, strict=True)
-        )
+        return tuple(a if axis is None else a[row] for a, axis in zip(self.arguments, self.axes, strict=True))
 
     def replace(self, arguments: tuple[Any, ...], batch: int | None = None) -> Inputs:
         """Return the same axes over other arguments."""

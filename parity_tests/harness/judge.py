@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness import reference
-from parity_tests.harness.comparison import Deviation, Expected, ParityError, compare, eps_of
+from parity_tests.harness.comparison import Deviation, Expected, ParityError, allowed, compare, eps_of
 from parity_tests.harness.inputs import (
     BATCH,
     COMPLEX_OF,
@@ -56,9 +56,7 @@ def truth(pair: OpPair, strategy: str, size: Size, dtype: str, *, batch: int = B
 
 
 @functools.cache
-def _truth(
-    pair: OpPair, strategy: str, size: tuple[tuple[str, int], ...], dtype: str, batch: int, ones: bool
-) -> Truth:
+def _truth(pair: OpPair, strategy: str, size: tuple[tuple[str, int], ...], dtype: str, batch: int, ones: bool) -> Truth:
     inputs = rounded(pair, draw(pair, strategy, dict(size), batch), dtype)
     words = (pair.name, strategy, size_label(dict(size)), dtype)
     return truth_of(pair, inputs, dtype, words, ones=ones, nonfinite=strategy in pair.nonfinite)
@@ -156,7 +154,8 @@ def _judge_gradient(expected: Expected, gradient: Any) -> Deviation:
 def row_of(pair: OpPair, whole: Truth, row: int, *, keep_axis: bool) -> Truth:
     """Return what one example of a batch must give on its own, without compiling the definition again.
 
-    The gradient of a shared argument is that of the row alone: the cotangents of the other rows are set to zero.
+    The gradient of a shared argument is that of the row alone: the cotangents of the other rows are set to zero. The
+    limit is that of the whole batch, since one row alone may be rounded luckily by the straightforward computation.
 
     Args:
         pair: the declaration.
@@ -167,21 +166,15 @@ def row_of(pair: OpPair, whole: Truth, row: int, *, keep_axis: bool) -> Truth:
     pick = slice(row, row + 1) if keep_axis else row
 
     def cut(expected: Expected) -> Expected:
-        if not expected.batched:
-            return expected
-        low = expected.straightforward
-        low = None if low is None else low[pick]
-        return dataclasses.replace(expected, truth=expected.truth[pick], straightforward=low, batched=keep_axis)
+        own = dataclasses.replace(expected, budget=allowed(expected), straightforward=None)
+        return dataclasses.replace(own, truth=own.truth[pick], batched=keep_axis) if own.batched else own
 
     alone = tuple(_only(row, c) for c in whole.cotangents)
     exact = reference.gradients(pair, whole.inputs, alone) if whole.gradients else {}
-    gradients = {}
-    for position, e in whole.gradients.items():
-        low = None if e.batched else e.straightforward
-        if not e.batched and low is not None:
-            plain = reference.gradients(pair, whole.inputs, alone, "float32")[position]
-            low = round_to(_wide(plain), dtype_at(pair, position, whole.dtype))
-        gradients[position] = cut(e) if e.batched else dataclasses.replace(e, truth=exact[position], straightforward=low)
+    gradients = {
+        position: cut(e if e.batched else dataclasses.replace(e, truth=exact[position]))
+        for position, e in whole.gradients.items()
+    }
     arguments = tuple(
         a if axis is None else a[pick] for a, axis in zip(whole.inputs.arguments, whole.inputs.axes, strict=True)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,8 +25,7 @@ def values(pair: OpPair, inputs: Inputs, dtype: str = "float64", *, jit: bool = 
         dtype: ``float64`` or ``float32``, in which the definition is evaluated.
         jit: compile first.
     """
-    function = _batched(pair, *_split(inputs))
-    run = _compiled(pair, *_split(inputs)) if jit else function
+    run = _compiled(_of(pair), *_split(inputs)) if jit else _batched(_of(pair), *_split(inputs))
     return map_leaves(np.asarray, run(*_arrays(inputs, dtype)))
 
 
@@ -39,7 +39,7 @@ def gradients(pair: OpPair, inputs: Inputs, cotangents: tuple[np.ndarray, ...], 
         dtype: ``float64`` or ``float32``, in which the definition is evaluated.
     """
     positions = present(pair, inputs)
-    pulled = _pullback(pair, *_split(inputs))(_arrays(inputs, dtype), cotangents)
+    pulled = _pullback(_of(pair), positions, *_split(inputs))(_arrays(inputs, dtype), cotangents)
     return {position: np.asarray(g) for position, g in zip(positions, pulled, strict=True)}
 
 
@@ -51,7 +51,7 @@ def present(pair: OpPair, inputs: Inputs) -> tuple[int, ...]:
 def on_example(pair: OpPair, example: tuple[Any, ...]) -> Any:
     """Return the outputs of the definition on one example in float64, as nested numpy arrays."""
     inputs = Inputs(example, (None,) * len(example), 1)
-    return map_leaves(np.asarray, _compiled(pair, *_split(inputs))(*_arrays(inputs, "float64")))
+    return map_leaves(np.asarray, _compiled(_of(pair), *_split(inputs))(*_arrays(inputs, "float64")))
 
 
 class _Static:
@@ -68,9 +68,22 @@ class _Static:
 
 
 Template = tuple[_Static | None, ...]
+Axes = tuple[int | None, ...]
 
 
-def _split(inputs: Inputs) -> tuple[Template, tuple[int | None, ...]]:
+@dataclass(frozen=True)
+class _Definition:
+    """What decides the compiled function: not the pair, so that declarations which share a reference share it."""
+
+    function: Callable[..., Any]
+    keywords: tuple[tuple[str, _Static], ...]
+
+
+def _of(pair: OpPair) -> _Definition:
+    return _Definition(pair.reference, tuple((key, _Static(value)) for key, value in pair.keywords.items()))
+
+
+def _split(inputs: Inputs) -> tuple[Template, Axes]:
     return tuple(None if is_array(a) else _Static(a) for a in inputs.arguments), inputs.axes
 
 
@@ -85,11 +98,13 @@ def _arrays(inputs: Inputs, dtype: str) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _batched(pair: OpPair, template: Template, axes: tuple[int | None, ...]) -> Callable[..., Any]:
+def _batched(definition: _Definition, template: Template, axes: Axes) -> Callable[..., Any]:
+    keywords = {key: static.value for key, static in definition.keywords}
+
     def of_arrays(*arrays: Any) -> Any:
         rest = iter(arrays)
         arguments = [next(rest) if slot is None else slot.value for slot in template]
-        return pair.reference(*arguments, **pair.keywords)
+        return definition.function(*arguments, **keywords)
 
     array_axes = tuple(axis for slot, axis in zip(template, axes, strict=True) if slot is None)
     if all(axis is None for axis in array_axes):
@@ -98,15 +113,15 @@ def _batched(pair: OpPair, template: Template, axes: tuple[int | None, ...]) -> 
 
 
 @functools.cache
-def _compiled(pair: OpPair, template: Template, axes: tuple[int | None, ...]) -> Callable[..., Any]:
-    return jax.jit(_batched(pair, template, axes))
+def _compiled(definition: _Definition, template: Template, axes: Axes) -> Callable[..., Any]:
+    return jax.jit(_batched(definition, template, axes))
 
 
 @functools.cache
-def _pullback(pair: OpPair, template: Template, axes: tuple[int | None, ...]) -> Callable[..., Any]:
-    batched = _batched(pair, template, axes)
+def _pullback(definition: _Definition, wrt: tuple[int, ...], template: Template, axes: Axes) -> Callable[..., Any]:
+    batched = _batched(definition, template, axes)
     order = [position for position, slot in enumerate(template) if slot is None]
-    chosen = [order.index(position) for position in pair.wrt if position in order]
+    chosen = [order.index(position) for position in wrt]
 
     def pull(arrays: tuple[Any, ...], cotangents: tuple[Any, ...]) -> Any:
         def of_chosen(*picked: Any) -> tuple[Any, ...]:

@@ -78,9 +78,7 @@ def _beside(pair: OpPair, index: int, dense: Any, found: np.ndarray, strategy: s
     dtype = str(dense.dtype)
     if np.issubdtype(dense.dtype, np.inexact):
         dtype = "complex128" if np.iscomplexobj(dense) else "float64"
-    return measure(
-        Expected(f"output {index}", dtype, dense, None, budget, pair.budget.floor, False, nonfinite), found
-    )
+    return measure(Expected(f"output {index}", dtype, dense, None, budget, pair.budget.floor, False, nonfinite), found)
 
 
 def forward(pair: OpPair) -> Iterator[Case]:
