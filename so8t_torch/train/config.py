@@ -17,7 +17,6 @@ from so8t_torch.data.records import Columns
 from so8t_torch.data.scenarios import ScenarioSection
 
 Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PretrainedBase(Section):
@@ -86,7 +85,10 @@ class PenaltySection(Section):
 
 
 class TrainingSection(Section):
-    """Optimiser, schedule and batch; give ``max_steps`` or ``epochs``. ``loss_chunk`` counts supervised positions."""
+    """Optimiser, schedule and batch; give ``max_steps`` or ``epochs``. ``warmup`` is a share of the steps.
+
+    ``loss_chunk`` is the number of supervised positions whose logits exist at once.
+    """
 
     max_steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -97,7 +99,7 @@ class TrainingSection(Section):
     gate_lr: Annotated[float, Field(gt=0)] = 5e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Share = 0.1
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     gradient_checkpointing: bool = False
     loss_chunk: Positive = 256
@@ -167,6 +169,12 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"penalty.boundaries must be two shares of the run in order, got {config.penalty.boundaries}."
     if min(config.penalty.weights) < 0:
         yield f"penalty.weights must not be negative, got {config.penalty.weights}."
+    saved, logged = config.checkpoint.every_steps, config.recording.every_steps
+    if saved is not None and saved % logged:
+        yield (
+            f"checkpoint.every_steps ({saved}) must be a multiple of recording.every_steps ({logged}), so that a "
+            "resumed run logs what an uninterrupted one logs."
+        )
     held_out = config.data.eval is not None or config.data.scenarios is not None
     if (config.evaluation.every_steps or config.evaluation.triage) and not held_out:
         yield "evaluation needs held-out data: give data.eval or data.scenarios."

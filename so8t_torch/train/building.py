@@ -1,0 +1,208 @@
+"""From settings to objects: the frozen base, the adapted model, encoded data, the library's training arguments."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
+
+from so8t_torch.adapter import SO8TConfig
+from so8t_torch.core.errors import ConfigError
+from so8t_torch.data.batches import Collator
+from so8t_torch.data.chat import Encoded, EncodingReport, encode_records
+from so8t_torch.data.records import Record, read_records
+from so8t_torch.data.scenarios import scenario_records
+from so8t_torch.train.config import AdapterSection, LoadingSection, PretrainedBase, TrainConfig
+from so8t_torch.train.trainer import check_trainable
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs: model, tokenizer, encoded rows, and the held-out records as they were read."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerFast
+    collator: Collator
+    rows: list[Encoded]
+    report: EncodingReport
+    held_out: list[Encoded]
+    held_out_report: EncodingReport | None
+    held_out_records: list[Record]
+
+
+def build(config: TrainConfig) -> Job:
+    """Load the base, adapt it and encode the data.
+
+    Raises:
+        SO8TError: whatever of the settings does not fit the model or the files, named.
+    """
+    source, revision = base_source(config)
+    tokenizer = load_tokenizer(source, revision)
+    train, held_out = records(config)
+    template = None if config.data.template is None else config.data.template.read_text(encoding="utf-8")
+    options: Any = {"max_length": config.data.max_length, "template": template, "too_long": config.data.too_long}
+    rows, report = encode_records(train, tokenizer, **options)
+    held_rows, held_report = encode_records(held_out, tokenizer, **options) if held_out else ([], None)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    routed = config.adapter.train_gates == "routed"
+    collator = Collator(pad, tokenizer.padding_side, routed=routed)
+    set_seed(config.seed)
+    model = adapt(load_model(source, revision, config.loading), config.adapter)
+    check_trainable(model)
+    return Job(model, tokenizer, collator, rows, report, held_rows, held_report, held_out)
+
+
+def base_source(config: TrainConfig) -> tuple[str, str | None]:
+    """Return where the base is read from, and its revision; a base made from scratch is built or reused first."""
+    section = config.base
+    if isinstance(section, PretrainedBase):
+        local = Path(section.path).expanduser()
+        return (str(local.resolve()) if local.is_dir() else section.path), section.revision
+    from so8t_torch.train.reading_base import build_base
+
+    directory = build_base(section, config.output_dir.parent / "bases", threads=thread_count(config))
+    return str(directory.resolve()), None
+
+
+def thread_count(config: TrainConfig) -> int:
+    """Return the number of CPU threads the settings ask for."""
+    return config.threads or os.cpu_count() or 1
+
+
+def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
+    """Read the tokenizer.
+
+    Raises:
+        ConfigError: there is no fast tokenizer at ``source``.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{source}: a fast tokenizer is needed (character offsets tell the answer from the prompt).")
+    return tokenizer
+
+
+def load_model(source: str, revision: str | None, loading: LoadingSection) -> PreTrainedModel:
+    """Read the base in its dtype and quantisation, frozen, without a key-value cache."""
+    dtype = resolve_dtype(loading.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=quantization(loading, dtype),
+        attn_implementation=loading.attention,
+    )
+    model.config.use_cache = False
+    if loading.quantization != "none" and loading.float32_rest:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model.requires_grad_(False)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Return the dtype of the base; ``auto`` is bfloat16 where the card has it, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def quantization(loading: LoadingSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return the library's quantisation settings, or ``None`` for an unquantised base."""
+    if loading.quantization == "none":
+        return None
+    if loading.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=loading.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def adapter_config(section: AdapterSection) -> SO8TConfig:
+    """Return the PEFT configuration of the adapter section."""
+    return SO8TConfig(
+        task_type="CAUSAL_LM",
+        target_modules=list(section.target_modules),
+        layers_to_transform=section.layers_to_transform,
+        layers_pattern=section.layers_pattern,
+        exclude_modules=section.exclude_modules,
+        chart=section.chart,
+        shared=section.shared,
+        train_gates=section.train_gates,
+        r=section.r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        lora_target_modules=section.lora_target_modules,
+        lora_layers_to_transform=section.lora_layers_to_transform,
+        rank_pattern=dict(section.rank_pattern),
+        modules_to_save=section.modules_to_save,
+    )
+
+
+def adapt(model: PreTrainedModel, section: AdapterSection) -> PeftModel:
+    """Wrap the base with gates and LoRA."""
+    return get_peft_model(model, adapter_config(section))
+
+
+def records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
+    """Return training and held-out records."""
+    data = config.data
+    if data.scenarios is not None:
+        return scenario_records(data.scenarios, "train"), scenario_records(data.scenarios, "held_out")
+    assert data.train is not None, "the settings were checked: data has scenarios or train"
+    need = config.adapter.train_gates == "routed"
+    train = read_records(data.train, data.columns, need_label=need)
+    if data.eval is None:
+        return train, []
+    return train, read_records(data.eval, data.columns, need_label=need or config.evaluation.triage)
+
+
+def training_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments:
+    """Return the library's arguments; reporting, filtering of NaN and key-value caches are off."""
+    training, recording = config.training, config.recording
+    every, evaluate = config.checkpoint.every_steps, config.evaluation.every_steps
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=resolve_dtype(config.loading.dtype) == torch.bfloat16,
+        max_steps=training.max_steps or -1,
+        num_train_epochs=training.epochs or 1,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=config.evaluation.batch_size,
+        gradient_accumulation_steps=training.accumulation,
+        optim=training.optimiser,
+        learning_rate=training.lr,
+        weight_decay=training.weight_decay,
+        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        warmup_steps=training.warmup,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        logging_steps=recording.every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=not recording.progress,
+        report_to="none",
+        save_strategy="steps" if every else "no",
+        save_steps=every or 500,
+        save_total_limit=config.checkpoint.keep,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=evaluate,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

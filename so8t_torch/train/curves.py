@@ -1,0 +1,104 @@
+"""``curves.png``: what a run did, drawn from ``metrics.jsonl`` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from so8t_torch.train.folder import read_metrics
+
+Rows = list[dict[str, Any]]
+
+TRAIN, HELD_OUT, THIRD = "#1f5a99", "#c8501e", "#4b8b3b"
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw losses, penalty, gate angles, commutator, learning rates and throughput against the optimiser step.
+
+    Args:
+        metrics: ``metrics.jsonl`` of a run.
+        picture: PNG to write.
+    """
+    rows = read_metrics(metrics)
+    train = [row for row in rows if row["kind"] == "train"]
+    held_out = [row for row in rows if row["kind"] == "eval"]
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+    _language_model(axes[0, 0], train, held_out)
+    _penalty(axes[0, 1], train)
+    _angles(axes[0, 2], train)
+    _commutator(axes[1, 0], train)
+    _rates(axes[1, 1], train)
+    _throughput(axes[1, 2], train)
+    for axis in axes.flat:
+        axis.set_xlabel("optimiser step")
+        axis.grid(alpha=0.25)
+    figure.suptitle(f"{metrics.parent.name}: {train[-1]['step'] if train else 0} steps")
+    figure.savefig(picture, dpi=110)
+
+
+def _line(axis: Axes, rows: Rows, name: str, label: str, **style: Any) -> None:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+        few = {"marker": "o", "markersize": 3} if len(points) < 40 else {}
+        axis.plot(*zip(*points, strict=True), label=label, linewidth=1.6, **few, **style)
+
+
+def _legend(axis: Axes, title: str, unit: str) -> None:
+    axis.set_title(title, fontsize=11)
+    axis.set_ylabel(unit)
+    if axis.get_lines():
+        axis.legend(fontsize=8, frameon=False)
+    else:
+        axis.text(0.5, 0.5, "not in this run", ha="center", va="center", transform=axis.transAxes, color="grey")
+
+
+def _language_model(axis: Axes, train: Rows, held_out: Rows) -> None:
+    _line(axis, train, "loss/lm", "training", color=TRAIN)
+    _line(axis, held_out, "eval/lm", "held out", color=HELD_OUT, linestyle="--")
+    _legend(axis, "language-model loss", "nats per supervised token")
+    axis.set_ylim(bottom=0)
+
+
+def _penalty(axis: Axes, train: Rows) -> None:
+    if any(row.get("pet_weight") for row in train):
+        _line(axis, train, "loss/pet", "PET", color=TRAIN)
+        _line(axis, train, "loss/pet_weighted", "λ · PET", color=HELD_OUT)
+        axis.set_yscale("log")
+    _legend(axis, "second-difference penalty", "mean squared Δ²h")
+
+
+def _angles(axis: Axes, train: Rows) -> None:
+    names = list(dict.fromkeys(name for row in train for name in row if name.startswith("gate_angle/")))
+    for place, name in enumerate(names):
+        _line(axis, train, name, name.removeprefix("gate_angle/"), color=_shade(place, len(names)))
+    _line(axis, train, "gate/max_angle", "largest of all", color="black", linestyle=":")
+    _legend(axis, "gate angles, mean of each layer", "radians")
+
+
+def _shade(place: int, count: int) -> tuple[float, float, float]:
+    share = place / max(1, count - 1)
+    return (0.1 + 0.75 * share, 0.35, 0.75 - 0.6 * share)
+
+
+def _commutator(axis: Axes, train: Rows) -> None:
+    _line(axis, train, "gate/commutator", "‖[R_safe, R_cmd]‖", color=TRAIN)
+    _legend(axis, "commutator distance of the two factors", "Frobenius norm, mean")
+
+
+def _rates(axis: Axes, train: Rows) -> None:
+    names = list(dict.fromkeys(name for row in train for name in row if name.startswith("lr/")))
+    for name, color in zip(names, (TRAIN, HELD_OUT, THIRD), strict=False):
+        _line(axis, train, name, name.removeprefix("lr/"), color=color)
+    _legend(axis, "learning rate", "")
+
+
+def _throughput(axis: Axes, train: Rows) -> None:
+    _line(axis, train, "tokens_per_second", "tokens/s", color=TRAIN)
+    _legend(axis, "throughput", "tokens per second")
+    axis.set_ylim(bottom=0)

@@ -1,0 +1,223 @@
+"""One training run, from settings to a run folder, and its evaluation afterwards.
+
+``run_training`` builds the job, trains it with the library's trainer, and leaves behind the adapter, the held-out loss
+before and after, the curves and, where asked, the triage report. Under torchrun every process trains, process 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from so8t_torch.adapter import load_adapter
+from so8t_torch.core.config import load_config
+from so8t_torch.core.errors import ConfigError
+from so8t_torch.data.records import Record, read_records
+from so8t_torch.train import building
+from so8t_torch.train.callbacks import GradientGuard, QuietProgress, Recorder
+from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.curves import draw_curves
+from so8t_torch.train.dry_run import describe, trainable_groups
+from so8t_torch.train.environment import environment
+from so8t_torch.train.folder import RunFolder, write_json
+from so8t_torch.train.trainer import SO8TTrainer
+
+if TYPE_CHECKING:
+    from so8t_torch.safety.evaluation import TriageReport
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind.
+
+    ``held_out_before`` and ``held_out_after`` are language-model losses in nats per supervised token, ``None`` without
+    held-out data; ``trainable`` counts numbers by parameter group; ``seconds`` is the training alone.
+    """
+
+    directory: Path
+    steps: int
+    trainable: dict[str, int]
+    held_out_before: float | None
+    held_out_after: float | None
+    triage: TriageReport | None
+    seconds: float
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunResult:
+    """Train as the settings say.
+
+    Args:
+        config: the whole run.
+        resume: ``"auto"`` for the newest checkpoint of the run folder, a checkpoint's path, or ``None`` to begin.
+        dry_run: build everything, print what would be trained, write and train nothing.
+        callbacks: further callbacks of the library's trainer.
+
+    Raises:
+        ConfigError: the run folder is not empty, or there is nothing to resume.
+        TrainingError: nothing to train, no gradient, or a non-finite loss, with the step.
+    """
+    torch.set_num_threads(building.thread_count(config))
+    if dry_run:
+        job = building.build(config)
+        describe(config, job, Console())
+        counts = trainable_groups(job.model)
+        return RunResult(config.output_dir, 0, counts, None, None, None, 0.0, job.model, job.tokenizer)
+    folder = RunFolder(config.output_dir)
+    arguments = building.training_arguments(config, folder.checkpoints)
+    checkpoint = None if resume is None else folder.checkpoint(resume, config)
+    with arguments.main_process_first(desc="the run folder"):
+        if arguments.should_save:
+            _open(folder, config, checkpoint)
+    job = building.build(config)
+    trainer = _trainer(config, job, arguments, folder, callbacks)
+    if arguments.should_save:
+        _note_data(folder, job)
+    before = _held_out_before(trainer, job, folder, resumed=checkpoint is not None)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.monotonic() - started
+    after = trainer.evaluate()["eval_lm"] if job.held_out else None
+    report = _triage(config, job) if config.evaluation.triage else None
+    result = RunResult(
+        config.output_dir,
+        trainer.state.global_step,
+        trainable_groups(job.model),
+        before,
+        after,
+        report,
+        seconds,
+        job.model,
+        job.tokenizer,
+    )
+    if arguments.should_save:
+        _close(folder, result)
+    return result
+
+
+def _open(folder: RunFolder, config: TrainConfig, checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        folder.begin(config)
+        folder.event("start", command=sys.argv)
+    else:
+        folder.event("resume", checkpoint=str(checkpoint), command=sys.argv)
+    write_json(folder.environment, environment(config.seed))
+
+
+def _note_data(folder: RunFolder, job: building.Job) -> None:
+    held_out = None if job.held_out_report is None else job.held_out_report.as_dict()
+    folder.event("data", train=job.report.as_dict(), held_out=held_out, trainable=trainable_groups(job.model))
+
+
+def _trainer(
+    config: TrainConfig,
+    job: building.Job,
+    arguments: Any,
+    folder: RunFolder,
+    callbacks: Sequence[TrainerCallback],
+) -> SO8TTrainer:
+    trainer = SO8TTrainer(
+        job.model,
+        arguments,
+        job.rows,
+        job.held_out,
+        job.collator,
+        config.training,
+        config.penalty,
+        [GradientGuard(), Recorder(folder), *callbacks],
+    )
+    for silent in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(silent)
+    if config.recording.progress:
+        trainer.add_callback(QuietProgress())
+    if config.recording.tensorboard and arguments.should_save:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder.tensorboard))))
+    return trainer
+
+
+def _held_out_before(trainer: SO8TTrainer, job: building.Job, folder: RunFolder, *, resumed: bool) -> float | None:
+    """Return the held-out loss of the untrained adapter, which is the base's; a resumed run reads what was written."""
+    if not job.held_out:
+        return None
+    path = folder.evaluation / "language_model.json"
+    if resumed:
+        return json.loads(path.read_text(encoding="utf-8"))["before"] if path.is_file() else None
+    loss = float(trainer.evaluate()["eval_lm"])
+    if trainer.args.should_save:
+        write_json(path, {"before": loss, "after": None, "unit": "nats per supervised token"})
+    return loss
+
+
+def _triage(config: TrainConfig, job: building.Job) -> TriageReport:
+    from so8t_torch.safety.evaluation import evaluate_triage
+
+    return evaluate_triage(job.model, job.tokenizer, job.held_out_records, batch_size=config.evaluation.batch_size)
+
+
+def _close(folder: RunFolder, result: RunResult) -> None:
+    result.model.save_pretrained(folder.adapter)
+    if result.held_out_after is not None:
+        losses = {"before": result.held_out_before, "after": result.held_out_after, "unit": "nats per supervised token"}
+        write_json(folder.evaluation / "language_model.json", losses)
+    if result.triage is not None:
+        (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
+    draw_curves(folder.metrics, folder.curves)
+    folder.event("finish", steps=result.steps, seconds=round(result.seconds, 3), trainable=result.trainable)
+
+
+def evaluate_run(run: str | Path, data: str | Path | None = None) -> TriageReport:
+    """Measure the triage decisions of a finished run and write them to ``eval/triage.json``.
+
+    Args:
+        run: run folder with ``config.yaml`` and ``adapter/``.
+        data: labelled JSONL or CSV; ``None`` takes the run's own held-out data.
+
+    Raises:
+        ConfigError: the folder holds no finished run, or the run has no held-out data.
+    """
+    from so8t_torch.safety.evaluation import evaluate_triage
+
+    folder = RunFolder(Path(run))
+    if not (folder.config.is_file() and (folder.adapter / "adapter_config.json").is_file()):
+        raise ConfigError(f"{run}: no finished run here; expected config.yaml and adapter/adapter_config.json.")
+    config = load_config(TrainConfig, folder.config)
+    held_out = _evaluation_records(config, data)
+    torch.set_num_threads(building.thread_count(config))
+    source, revision = building.base_source(config)
+    model = load_adapter(folder.adapter, building.load_model(source, revision, config.loading))
+    tokenizer = building.load_tokenizer(source, revision)
+    report = evaluate_triage(model, tokenizer, held_out, batch_size=config.evaluation.batch_size)
+    if data is None:
+        (folder.evaluation / "triage.json").write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _evaluation_records(config: TrainConfig, data: str | Path | None) -> list[Record]:
+    if data is not None:
+        return read_records(data, config.data.columns, need_answer=False, need_label=True)
+    held_out = building.records(config)[1]
+    if not held_out:
+        raise ConfigError("The run has no held-out data of its own; name a labelled file with --data.")
+    return held_out
+
