@@ -98,7 +98,7 @@ class SO8TLayer(nn.Module, BaseTunerLayer):
         self.routes = routes
         self.merged_adapters: list[str] = []
         self._merged: _Merged | None = None
-        self._verified: dict[str, tuple[int, int]] = {}
+        self._verified: dict[str, tuple[Tensor | None, int]] = {}
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
 
@@ -231,7 +231,7 @@ class SO8TLayer(nn.Module, BaseTunerLayer):
     def _rotate(self, name: str, y: Tensor) -> Tensor:
         self._check_generators(name)
         # autocast would round the products that build R
-        with torch.autocast(device_type=y.device.type, enabled=False):
+        with torch.autocast(device_type="cpu" if y.is_meta else y.device.type, enabled=False):
             safe, cmd = self.factors(name)
             if self.train_gates[name] != "routed" or not torch.is_grad_enabled():
                 return rotation.apply(rotation.compose(safe, cmd), y)
@@ -268,16 +268,17 @@ class SO8TLayer(nn.Module, BaseTunerLayer):
         if not self._has(name):
             return
         chart = self.so8t_chart[name] if name in self.charts else None
-        seen = (id(chart), -1 if chart is None or chart.is_inference() else chart._version)
-        if self._verified.get(name) == seen or (chart is not None and chart.is_meta):
+        version = -1 if chart is None or chart.is_inference() else chart._version
+        seen = self._verified.get(name)
+        if (seen is not None and seen[0] is chart and seen[1] == version) or (chart is not None and chart.is_meta):
             return
         if chart is not None and int(chart) != CHARTS.index(self.charts[name]):
             raise AdapterError(chart_mismatch(f"adapter {name!r}", self.charts[name], int(chart)))
         for attribute in self.adapter_layer_names:
             values = getattr(self, attribute)
-            if name in values and not bool(values[name].isfinite().all()):
+            if name in values and not (values[name].is_meta or bool(values[name].isfinite().all())):
                 raise AdapterError(f"adapter {name!r}: expected finite numbers in {attribute}, found NaN or infinity.")
-        self._verified[name] = seen
+        self._verified[name] = (chart, version)
 
     def _freeze_factors(self, names: list[str]) -> None:
         for name in names:
