@@ -62,7 +62,6 @@ def _language_model(axis: Axes, train: Rows, held_out: Rows) -> None:
     _line(axis, train, "loss/lm", "training", color=TRAIN)
     _line(axis, held_out, "eval/lm", "held out", color=HELD_OUT, linestyle="--")
     _legend(axis, "language-model loss", "nats per supervised token")
-    axis.set_ylim(bottom=0)
 
 
 def _penalty(axis: Axes, train: Rows) -> None:
@@ -89,6 +88,8 @@ def _shade(place: int, count: int) -> tuple[float, float, float]:
 def _commutator(axis: Axes, train: Rows) -> None:
     _line(axis, train, "gate/commutator", "‖[R_safe, R_cmd]‖", color=TRAIN)
     _legend(axis, "commutator distance of the two factors", "Frobenius norm, mean")
+    # One untrained factor is the identity and commutes: without a floor the axis would magnify rounding.
+    axis.set_ylim(0, max(1e-3, axis.get_ylim()[1]))
 
 
 def _rates(axis: Axes, train: Rows) -> None:

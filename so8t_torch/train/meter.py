@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,6 +36,15 @@ class LossMeter:
         self._sums.zero_()
         self._steps: set[int] = set()
         self._started = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of the throughput."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._started += self._clock() - began
 
     def add(self, step: int, nll: Tensor, supervised: int, tokens: Tensor, pet: Tensor, weight: float) -> None:
         """Add one micro-batch.

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,8 @@ class RunResult:
     held_out_after: float | None
     triage: TriageReport | None
     seconds: float
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerFast
+    model: PeftModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerFast = field(repr=False)
 
 
 def run_training(
@@ -150,9 +150,9 @@ def _trainer(
     if config.recording.progress:
         trainer.add_callback(QuietProgress())
     if config.recording.tensorboard and arguments.should_save:
-        from torch.utils.tensorboard import SummaryWriter
-
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder.tensorboard))))
+        board = TensorBoardCallback()
+        board.logging_dir = str(folder.tensorboard)
+        trainer.add_callback(board)
     return trainer
 
 

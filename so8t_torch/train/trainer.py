@@ -80,6 +80,17 @@ class SO8TTrainer(Trainer):
         self._tap = ResidualTap({**layers, LAST_STATES: self._decoder})
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
+        self._rates: dict[str, float] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; throughput is counted from here."""
+        self._meter.reset()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the held-out loss; its time does not count as training time."""
+        with self._meter.paused():
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimiser over gates (their own rate, no decay), LoRA and modules trained whole."""
@@ -116,6 +127,8 @@ class SO8TTrainer(Trainer):
             TrainingError: the loss is not finite, or nothing trainable reaches it; the step is named.
         """
         del return_outputs
+        # The rates this step uses; by the time it is logged the schedule has moved on.
+        self._rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         nll, mask, streams = self._forward(model, inputs)
         language = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
         weight = self._weight()
@@ -180,7 +193,7 @@ class SO8TTrainer(Trainer):
             logs.pop("learning_rate", None)
             logs |= self._meter.read(self._over_processes)
             logs["pet_weight"] = self._weight()
-            logs |= {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            logs |= self._rates
             logs |= geometry(self.model)
             self._meter.reset()
         super().log(logs, start_time)
