@@ -4,7 +4,8 @@ A state is one value for each of three attributes; a rule maps it to ALLOW (17 s
 A record is one telling of one state: a frame (sentence with slots), a wording for each value, a place.
 
 Two things are held out *whole*: states (no telling of them is ever trained on) and frames (no state is ever told in
-them during training). Every decision reason keeps at least one state in training, so that the rule can be learned.
+them during training). A state is held out only if the seen states still determine its label, see
+``held_out_states``, so that the rule can be learned and a wrong answer is a failure to generalise.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +49,7 @@ class ScenarioSection(Section):
     seed: int = Field(0, description="Draws the held-out states, the wordings and the places.")
     held_out_share: float = Field(0.25, gt=0, lt=1, description="Share of the states of each label in each scenario.")
     held_out_frames: int = Field(1, ge=1, le=5, description="Frames held out per scenario and language, from the end.")
-    train_tellings: int = Field(4, ge=1, description="Tellings of each seen state in each seen frame.")
+    train_tellings: int = Field(12, ge=1, description="Tellings of each seen state in each seen frame.")
     held_out_tellings: int = Field(2, ge=1, description="Tellings of each state and frame in the held-out split.")
 
 
@@ -136,8 +137,8 @@ def held_out_states(section: ScenarioSection) -> frozenset[State]:
     """
     order = list(states())
     random.Random(f"states {section.seed}").shuffle(order)
-    room = Counter((state.scenario, decide(state)[0]) for state in order)
-    room = Counter({cell: max(1, round(section.held_out_share * count)) for cell, count in room.items()})
+    sizes = Counter((state.scenario, decide(state)[0]) for state in order)
+    room = {cell: max(1, round(section.held_out_share * size)) for cell, size in sizes.items()}
     held: set[State] = set()
     for state in order:
         cell = state.scenario, decide(state)[0]
@@ -186,17 +187,27 @@ def scenario_records(section: ScenarioSection, split: Split) -> list[Record]:
         _record(state, language, frame, text)
         for state in states()
         for language, frame in frames(state.scenario)
-        if (split == "train") == (state not in hidden and frame < _seen(section, state.scenario, language))
+        if (split == "train") == (novelty_of(section, hidden, state, language, frame) == "none")
         for text in tell(state, language, frame, tellings, source)
     ]
 
 
 def novelty(section: ScenarioSection, record: Record) -> Novelty:
-    """Say what a record shows that training did not: its state, its frame, both or none."""
-    new_state = record.group in {state.name for state in held_out_states(section)}
+    """Say what a record of ``scenario_records`` shows that training did not: its state, its frame, both or none."""
+    state = next(state for state in states() if state.name == record.group)
     scenario, language, frame = record.source.split(".")
-    new_frame = int(frame) >= _seen(section, scenario, "ja" if language == "ja" else "en")
-    return "both" if new_state and new_frame else "state" if new_state else "frame" if new_frame else "none"
+    assert scenario == state.scenario, "group and source of a record name one scenario"
+    return novelty_of(section, held_out_states(section), state, "ja" if language == "ja" else "en", int(frame))
+
+
+def novelty_of(
+    section: ScenarioSection, hidden: Collection[State], state: State, language: Language, frame: int
+) -> Novelty:
+    """Say what is new about a state told in a frame, given the states held out."""
+    new_frame = frame >= len(FRAMES[state.scenario, language]) - section.held_out_frames
+    if state in hidden:
+        return "both" if new_frame else "state"
+    return "frame" if new_frame else "none"
 
 
 def frames(scenario: str) -> Iterator[tuple[Language, int]]:
@@ -216,10 +227,6 @@ def tell(state: State, language: Language, frame: int, count: int, source: rando
         template.format(**dict(zip(slots, choice, strict=True)))
         for choice in source.sample(choices, min(count, len(choices)))
     ]
-
-
-def _seen(section: ScenarioSection, scenario: str, language: Language) -> int:
-    return len(FRAMES[scenario, language]) - section.held_out_frames
 
 
 def _record(state: State, language: Language, frame: int, text: str) -> Record:
