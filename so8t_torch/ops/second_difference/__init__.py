@@ -24,6 +24,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, ShapeError
+from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.second_difference import autograd, eager
 
 __all__ = ["centres", "energy", "schedule_weight", "second_difference"]
@@ -69,7 +70,7 @@ def energy(
         BackendError: the backend cannot run this call.
     """
     _check(h, mask, norm, delta)
-    return _run(h, eager.centres(mask), norm, delta, backend)
+    return _run(h, eager.centres(mask), norm, delta, backend).to(accumulation_dtype(h.dtype))
 
 
 def second_difference(
@@ -112,9 +113,9 @@ def second_difference(
     valid = eager.centres(mask)
     penalty = _run(h, valid, norm, delta, backend).sum(-1) / valid.sum((-2, -1)).clamp(min=1)
     if not scale_free:
-        return penalty
+        return penalty.to(accumulation_dtype(h.dtype))
     square = eager.mean_square(h.detach(), mask) * (h.shape[-1] if norm == "sum" else 1)
-    return penalty / square.clamp(min=scale_floor)
+    return (penalty / square.clamp(min=scale_floor)).to(accumulation_dtype(h.dtype))
 
 
 @overload
@@ -162,7 +163,7 @@ def explain_backend(h: Tensor) -> str:
 
 
 def _run(h: Tensor, valid: Tensor, norm: str, delta: float, backend: str) -> Tensor:
-    """Return the energy of every sequence (...) by the chosen implementation."""
+    """Return the energy of every sequence (...) in float64 by the chosen implementation."""
     *batch, length, width = h.shape
     flat = (math.prod(batch), length)
     arguments = (h.reshape(*flat, width), valid.reshape(flat), float(delta))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.second_difference import eager
 
 
@@ -48,7 +47,7 @@ gradient = torch.library.custom_op(
 
 @energy.register_fake
 def _(h: Tensor, *_: Any) -> Tensor:
-    return h.new_empty((h.shape[0],), dtype=accumulation_dtype(h.dtype))
+    return h.new_empty((h.shape[0],), dtype=torch.float64)
 
 
 @gradient.register_fake

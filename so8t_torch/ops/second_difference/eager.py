@@ -5,6 +5,7 @@
 The plain form writes what the formula says and is differentiable to any order, in both modes. The streamed form goes
 through h in tiles that stay in a core's cache: one pass over h forward, one over h and its gradient backward, and no
 temporary of the size of h. Rows are summed one by one, so neither tiling nor batching changes a bit of the result.
+Sums over tokens are carried in float64: they cost nothing, and the error of E is that of its terms.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ def centres(mask: Tensor) -> Tensor:
 
 
 def mean_square(h: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of h² over unmasked tokens and channels per batch (...), without a copy of h."""
+    """Return the mean of h² over unmasked tokens and channels per batch (...) in float64, without a copy of h."""
     rows = torch.linalg.vector_norm(h, dim=-1, dtype=accumulation_dtype(h.dtype)).square()
     inside = mask != 0
     tokens = inside.sum((-2, -1)).clamp(min=1)
-    return torch.where(inside, rows, 0.0).sum((-2, -1)) / (tokens * h.shape[-1])
+    return torch.where(inside, rows, 0.0).sum((-2, -1), dtype=torch.float64) / (tokens * h.shape[-1])
 
 
 def schedule_weight(progress: Tensor, boundaries: tuple[float, ...], weights: tuple[float, ...]) -> Tensor:
     """Return the weight of the phase that each progress lies in; NaN stays NaN."""
     edges = torch.tensor(boundaries, dtype=progress.dtype, device=progress.device)
     levels = torch.tensor(weights, dtype=progress.dtype, device=progress.device)
-    phase = torch.bucketize(progress, edges, right=True)
+    phase = (progress[..., None] >= edges).sum(-1)
     return torch.where(progress.isnan(), progress, levels[phase])
 
 
 def energy(h: Tensor, valid: Tensor, delta: float) -> Tensor:
-    """Return E (B,) of h (B, T, D) by differentiable operations."""
+    """Return E (B,) in float64 of h (B, T, D) by differentiable operations."""
     bend = _bend(h, valid)
     inner = _clip(bend, delta)
-    return (inner * (2 * bend - inner)).sum((-2, -1))
+    return (inner * (2 * bend - inner)).sum(-1).sum(-1, dtype=torch.float64)
 
 
 def gradient(grad: Tensor, h: Tensor, valid: Tensor, delta: float) -> Tensor:
@@ -63,13 +64,13 @@ def second_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the derivatives of ⟨direction, gradient(grad, h)⟩ with respect to grad and h."""
     bend, turned = _bend(h, valid), _bend(direction, valid)
-    along = 2 * (_clip(bend, delta) * turned).sum((-2, -1))
+    along = 2 * (_clip(bend, delta) * turned).sum(-1).sum(-1, dtype=torch.float64)
     inside = turned if delta == 0 else torch.where(bend.abs() <= delta, turned, 0.0)
-    return along.to(grad.dtype), _spread(inside, grad, h)
+    return along, _spread(inside, grad, h)
 
 
 def energy_streamed(h: Tensor, valid: Tensor, delta: float) -> Tensor:
-    """Return E (B,) of h (B, T, D) in tiles that fit in cache."""
+    """Return E (B,) in float64 of h (B, T, D) in tiles that fit in cache."""
     batch, length, width = h.shape
     dtype = accumulation_dtype(h.dtype)
     rows = h.new_zeros((batch, max(length - 2, 0)), dtype=dtype)
@@ -79,7 +80,7 @@ def energy_streamed(h: Tensor, valid: Tensor, delta: float) -> Tensor:
         bend = buffer[: b.stop - b.start, : t.stop - t.start]
         _stencil(h[b, t.start : t.stop + 2].to(dtype), bend)
         torch.sum(_huber_(bend, delta), -1, out=rows[b, t])
-    return torch.where(valid[:, 1:-1], rows, 0.0).sum(-1)
+    return torch.where(valid[:, 1:-1], rows, 0.0).sum(-1, dtype=torch.float64)
 
 
 def gradient_streamed(grad: Tensor, h: Tensor, valid: Tensor, delta: float) -> Tensor:
@@ -87,7 +88,7 @@ def gradient_streamed(grad: Tensor, h: Tensor, valid: Tensor, delta: float) -> T
     batch, length, width = h.shape
     dtype = accumulation_dtype(h.dtype)
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    scale = (2 * grad.to(dtype))[:, None, None]
+    scale = (2 * grad).to(dtype)[:, None, None]
     (together, tokens), tiles = _tiles(batch, length, width)
     buffer = h.new_empty((together, tokens + 2, width), dtype=dtype)
     for b, t in tiles:
@@ -156,5 +157,5 @@ def _spread(c: Tensor, grad: Tensor, h: Tensor) -> Tensor:
     """Return 2 grad Δ²c (B, T, D) in the dtype of h, with c = 0 outside its T − 2 tokens."""
     if h.shape[1] < 3:
         return torch.zeros_like(h)
-    c = pad(c * (2 * grad.to(c.dtype))[:, None, None], (0, 0, 2, 2))
+    c = pad(c * (2 * grad).to(c.dtype)[:, None, None], (0, 0, 2, 2))
     return (c[:, 2:] - 2 * c[:, 1:-1] + c[:, :-2]).to(h.dtype)

@@ -9,25 +9,27 @@ partial sums are added by a second, ordered reduction, so the result does not de
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from so8t_torch.core.backend import interpreting
+from so8t_torch.core.launch import Tile, launch
 from so8t_torch.core.precision import accumulation_dtype
 
-def tiles(itemsize: int) -> tuple[dict[str, int], ...]:
-    """Return the tiles for elements of so many bytes: tokens per strip, channels per program, warps.
 
-    A thread holds sixteen bytes of a token, one load or store; the first tile runs where nothing can be timed.
-    """
-    shapes = ((16, 4), (32, 4), (16, 2), (8, 8))
-    return tuple(
-        {"ROWS": rows, "BLOCK": 512 * warps // itemsize, "num_warps": warps} for rows, warps in shapes
-    )
+def _tile(rows: int, warps: int, itemsize: int) -> Tile:
+    """Return a strip of so many tokens in which a thread holds sixteen bytes of each: one load or store."""
+    return Tile(warps=warps, constants={"ROWS": rows, "BLOCK": 512 * warps // itemsize})
+
+
+ENERGY_TILES = {size: (_tile(16, 4, size),) for size in (2, 4, 8)}
+"""Bytes per element → tiles. A strip is one partial sum, so there is one tile: another would round otherwise."""
+GRADIENT_TILES = {
+    size: (_tile(16, 4, size), _tile(32, 4, size), _tile(16, 2, size), _tile(8, 8, size)) for size in (2, 4, 8)
+}
+"""Bytes per element → tiles. An element of the gradient is the same expression in each."""
 
 
 @triton.jit
@@ -60,7 +62,6 @@ def energy_kernel(
     partial_ptr,
     length,
     width,
-    strips,
     stride_b,
     stride_t,
     stride_d,
@@ -70,6 +71,7 @@ def energy_kernel(
 ):
     """Sum ρ(Δ²h) over ROWS centres and BLOCK channels of one sequence."""
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    strips = tl.cdiv(length - 2, ROWS)
     b = (tl.program_id(0) // strips).to(tl.int64)
     first = (tl.program_id(0) % strips) * ROWS + 1
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -97,7 +99,6 @@ def gradient_kernel(
     dh_ptr,
     length,
     width,
-    strips,
     stride_g,
     stride_b,
     stride_t,
@@ -109,11 +110,12 @@ def gradient_kernel(
 ):
     """Write dh = 2 grad Δ²(v c) for ROWS tokens and BLOCK channels of one sequence."""
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    strips = tl.cdiv(length, ROWS)
     b = (tl.program_id(0) // strips).to(tl.int64)
     first = (tl.program_id(0) % strips) * ROWS
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_range = columns < width
-    scale = 2.0 * tl.load(grad_ptr + b * stride_g).to(dtype)
+    scale = (2.0 * tl.load(grad_ptr + b * stride_g)).to(dtype)
     h_ptr += b * stride_b + columns * stride_d
     dh_ptr += b * length * width + columns
     valid_ptr += b * length
@@ -136,16 +138,19 @@ def gradient_kernel(
 
 
 def energy(h: Tensor, valid: Tensor, delta: float) -> Tensor:
-    """Return E (B,) of h (B, T, D), any strides."""
+    """Return E (B,) in float64 of h (B, T, D), any strides."""
     batch, length, width = h.shape
-    dtype = accumulation_dtype(h.dtype)
-    tile = tiles(h.element_size())[0]
-    strips, columns = triton.cdiv(max(length - 2, 0), tile["ROWS"]), triton.cdiv(width, tile["BLOCK"])
-    partial = torch.empty((batch, strips, columns), dtype=dtype, device=h.device)
+    tiles = ENERGY_TILES[h.element_size()]
+    strips = triton.cdiv(max(length - 2, 0), tiles[0].constants["ROWS"])
+    columns = triton.cdiv(width, tiles[0].constants["BLOCK"])
+    partial = torch.empty((batch, strips, columns), dtype=accumulation_dtype(h.dtype), device=h.device)
     if partial.numel():
-        arguments: tuple[Any, ...] = (h, _flags(valid), partial, length, width, strips, *h.stride())
-        energy_kernel[(batch * strips, columns)](*arguments, DELTA=delta, **tile)
-    return partial.sum((1, 2))
+        arguments = {
+            "h_ptr": h, "valid_ptr": _flags(valid), "partial_ptr": partial, "length": length, "width": width,
+            **_strides(h), "DELTA": delta,
+        }  # fmt: skip
+        launch(energy_kernel, tiles, lambda _: (batch * strips, columns), arguments)
+    return partial.sum((1, 2), dtype=torch.float64)
 
 
 def gradient(grad: Tensor, h: Tensor, valid: Tensor, delta: float) -> Tensor:
@@ -154,12 +159,24 @@ def gradient(grad: Tensor, h: Tensor, valid: Tensor, delta: float) -> Tensor:
     # The interpreter truncates when it stores bfloat16; let PyTorch round there.
     stored = accumulation_dtype(h.dtype) if interpreting() else h.dtype
     dh = torch.empty(h.shape, dtype=stored, device=h.device)
-    tile = tiles(h.element_size())[0]
-    strips, columns = triton.cdiv(length, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"])
     if dh.numel():
-        arguments: tuple[Any, ...] = (grad, h, _flags(valid), dh, length, width, strips, *grad.stride(), *h.stride())
-        gradient_kernel[(batch * strips, columns)](*arguments, FLOAT64=h.dtype == torch.float64, DELTA=delta, **tile)
+        arguments = {
+            "grad_ptr": grad, "h_ptr": h, "valid_ptr": _flags(valid), "dh_ptr": dh, "length": length, "width": width,
+            "stride_g": grad.stride(0), **_strides(h), "FLOAT64": h.dtype == torch.float64, "DELTA": delta,
+        }  # fmt: skip
+        launch(
+            gradient_kernel,
+            GRADIENT_TILES[h.element_size()],
+            lambda tile: (batch * triton.cdiv(length, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"])),
+            arguments,
+            tune_on=("length", "width"),
+        )
     return dh.to(h.dtype)
+
+
+def _strides(h: Tensor) -> dict[str, int]:
+    """Return the strides of (B, T, D) by the kernels' names."""
+    return dict(zip(("stride_b", "stride_t", "stride_d"), h.stride(), strict=True))
 
 
 def _flags(valid: Tensor) -> Tensor:
