@@ -45,7 +45,6 @@ class State:
 class ScenarioSection(Section):
     """Which states and frames are held out, and how many tellings are drawn."""
 
-    kind: Literal["scenarios"] = "scenarios"
     seed: int = Field(0, description="Draws the held-out states, the wordings and the places.")
     held_out_share: float = Field(0.25, gt=0, lt=1, description="Share of the states of each label in each scenario.")
     held_out_frames: int = Field(1, ge=1, le=5, description="Frames held out per scenario and language, from the end.")
