@@ -276,7 +276,8 @@ class SO8TLayer(nn.Module, BaseTunerLayer):
             raise AdapterError(chart_mismatch(f"adapter {name!r}", self.charts[name], int(chart)))
         for attribute in self.adapter_layer_names:
             values = getattr(self, attribute)
-            if name in values and not (values[name].is_meta or bool(values[name].isfinite().all())):
+            # detached: a check that left tensors in the graph would make recomputation keep fewer than the first pass
+            if name in values and not (values[name].is_meta or bool(values[name].detach().isfinite().all())):
                 raise AdapterError(f"adapter {name!r}: expected finite numbers in {attribute}, found NaN or infinity.")
         self._verified[name] = (chart, version)
 
