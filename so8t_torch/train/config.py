@@ -15,6 +15,7 @@ from so8t_torch.core.config import Section
 from so8t_torch.data.chat import TooLong
 from so8t_torch.data.records import Columns
 from so8t_torch.data.scenarios import ScenarioSection
+from so8t_torch.train.reading_base import ScratchBase
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -135,7 +136,7 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=0)] = 0
     card: str | None = None
-    base: PretrainedBase
+    base: Annotated[PretrainedBase | ScratchBase, Field(discriminator="kind")]
     loading: LoadingSection = LoadingSection()
     adapter: AdapterSection = AdapterSection()
     data: DataSection
