@@ -94,15 +94,15 @@ def load_base(saved_base: Path) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def shake() -> Callable[..., nn.Module]:
-    """Move every adapter weight away from its start; the same seed gives the same weights."""
+    """Give every adapter weight a value away from its start; the same seed gives the same values."""
 
-    def move(model: nn.Module, seed: int = 1, gates: float = 0.3, low_rank: float = 0.03) -> nn.Module:
+    def move(model: nn.Module, seed: int = 1, gates: float = 0.3, low_rank: float = 0.1) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in sorted(model.named_parameters()):
                 if "so8t_" in name:
                     size = low_rank if "lora" in name else gates
-                    parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+                    parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
         return model
 
     return move
