@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from so8t_torch.core.errors import ShapeError
-from so8t_torch.ops.rotation import charts, eager
+from so8t_torch.ops.rotation import autograd, charts, eager
 
 __all__ = [
     "apply",
@@ -37,18 +37,6 @@ __all__ = [
 ]
 
 
-class _Exponential(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, c):
-        ctx.save_for_backward(c)
-        return charts.exponential(c)
-
-    @staticmethod
-    def backward(ctx, g):
-        (c,) = ctx.saved_tensors
-        return charts.exponential_adjoint(c, g)
-
-
 def skew(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batch 8 8"]:
     """Return the skew matrix whose strict upper triangle, row by row, is ``coordinates``."""
     return charts.skew(coordinates)
@@ -61,7 +49,7 @@ def unskew(matrix: Float[Tensor, "*batch 8 8"]) -> Float[Tensor, "*batch 28"]:
 
 def exponential(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batch 8 8"]:
     """Return exp(A), a rotation."""
-    return _Exponential.apply(coordinates)
+    return autograd.exponential(coordinates)
 
 
 def cayley(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batch 8 8"]:
@@ -79,7 +67,7 @@ def apply(
 ) -> Float[Tensor, "*batch channels"]:
     """Return R x on each block of eight channels."""
     _check_blocks("apply", rotation, x.shape[-1])
-    return eager.apply_plain(rotation, x)
+    return autograd.rotate_eager(rotation, x)
 
 
 compose = eager.compose

@@ -87,7 +87,7 @@ def _generators(coordinates: Tensor) -> _Scaled:
     """
     a = coordinates.reshape(-1, 28).double()
     needed = (torch.linalg.vector_norm(a.detach(), dim=-1) / NORM_LIMIT).frexp().exponent.clamp(min=0)
-    least, most = _range(needed)
+    least, most = _range(needed) if needed.device.type == "cpu" else (0, DEVICE_HALVINGS)
     # torch.ldexp differentiates wrongly with respect to its first argument when the exponent is an integer tensor
     scale = torch.ldexp(torch.ones_like(needed, dtype=a.dtype), -needed)
     scale = scale.masked_fill(needed > most, torch.nan)
@@ -97,9 +97,7 @@ def _generators(coordinates: Tensor) -> _Scaled:
 
 
 def _range(needed: Tensor) -> tuple[int, int]:
-    """Return the fewest and the most halvings of any block, or bounds on them where reading would stall a device."""
-    if needed.device.type != "cpu":
-        return 0, DEVICE_HALVINGS
+    """Return the fewest and the most halvings that any block needs."""
     return (int(needed.min()), int(needed.max())) if needed.numel() else (0, 0)
 
 
