@@ -54,7 +54,7 @@ SOUND = OpPair(
     inputs={"generic": toy_inputs},
     sizes=({"n": 3}, {"n": 7}),
     wrt=(0, 1),
-    budget=Budget(forward=4, gradient=6),
+    budget=Budget(forward=4, gradient=16),
     laws=(Law("odd_in_weight", odd_in_weight, budget=4),),
     rejections=(Rejection("lengths", lambda: (torch.ones(3), torch.ones(4)), ValueError, "as many weights"),),
 )
@@ -254,7 +254,7 @@ def test_budget_so_wide_that_zeros_pass() -> None:
 
 
 def test_floor_so_high_that_zeros_pass() -> None:
-    high = dataclasses.replace(SOUND, budget=Budget(forward=4, gradient=6, floor=1e20))
+    high = dataclasses.replace(SOUND, budget=Budget(forward=4, gradient=16, floor=1e20))
     text = red(high, "meaningful")
     assert all("zeros would pass on every input for: output 0, output 1" in line for line in text.values())
     assert text

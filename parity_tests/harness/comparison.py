@@ -38,7 +38,8 @@ class Expected:
         what: how it is called in a failure, e.g. ``output 0``.
         dtype: name of the dtype it must have.
         truth: float64 result of the definition.
-        straightforward: the same computed in float32 and rounded once, or ``None`` where no second bar applies.
+        straightforward: error in eps of the same computed in float32 and rounded once, the worst of several batches
+            so that one lucky rounding is no bar; ``None`` where no second bar applies.
         budget: accepted error in eps.
         floor: natural size where the result cancels.
         batched: whether axis 0 counts examples.
@@ -48,7 +49,7 @@ class Expected:
     what: str
     dtype: str
     truth: np.ndarray
-    straightforward: np.ndarray | None
+    straightforward: float | None
     budget: float
     floor: float
     batched: bool
@@ -137,7 +138,10 @@ def measure(expected: Expected, found: np.ndarray) -> Deviation:
         return Deviation(expected.what, expected.dtype, problem=problem)
     keep = np.isfinite(truth)
     truth, found = np.where(keep, truth, 0.0), np.where(keep, found, 0.0)
-    error = _eps_error(expected, truth, found)
+    error, zeros = (
+        error_in_eps(expected.dtype, truth, other, floor=expected.floor, batched=expected.batched)
+        for other in (found, np.zeros_like(truth))
+    )
     return Deviation(
         expected.what,
         expected.dtype,
@@ -147,7 +151,7 @@ def measure(expected: Expected, found: np.ndarray) -> Deviation:
         ulp=_ulp(truth, found, expected.dtype),
         budget=expected.budget,
         allowed=allowed(expected),
-        zeros=_eps_error(expected, truth, np.zeros_like(truth)),
+        zeros=zeros,
         reaches_floor=_largest(truth) >= max(expected.floor, _unit(expected.dtype).tiny),
     )
 
@@ -190,24 +194,25 @@ def _unit(dtype: str) -> torch.finfo:
     return torch.finfo(TORCH[dtype])
 
 
-def _eps_error(expected: Expected, truth: np.ndarray, found: np.ndarray) -> float:
-    if truth.size == 0:
-        return 0.0
-    info = _unit(expected.dtype)
-    rows, wrong = (_by_example(np.abs(v), expected.batched) for v in (truth, found - truth))
-    scale = np.maximum(rows.max(axis=1), max(expected.floor, info.tiny))
-    return float((wrong.max(axis=1) / (info.eps * scale)).max())
-
-
 def allowed(expected: Expected) -> float:
     """Return the limit in eps once the second bar is applied."""
     if expected.straightforward is None:
         return expected.budget
-    keep = np.isfinite(expected.truth)
-    plain = np.where(keep, expected.straightforward, 0.0)
-    if not np.isfinite(plain).all():
-        return expected.budget
-    return min(expected.budget, max(2.0 * _eps_error(expected, np.where(keep, expected.truth, 0.0), plain), 1.0))
+    return min(expected.budget, max(2.0 * expected.straightforward, 1.0))
+
+
+def error_in_eps(dtype: str, truth: np.ndarray, found: np.ndarray, *, floor: float, batched: bool) -> float:
+    """Return the error in eps where the truth is finite; infinite where only the found value is not."""
+    keep = np.isfinite(truth)
+    truth, found = np.where(keep, truth, 0.0), np.where(keep, found, 0.0)
+    if not np.isfinite(found).all():
+        return float("inf")
+    if truth.size == 0:
+        return 0.0
+    info = _unit(dtype)
+    rows, wrong = (_by_example(np.abs(v), batched) for v in (truth, found - truth))
+    scale = np.maximum(rows.max(axis=1), max(floor, info.tiny))
+    return float((wrong.max(axis=1) / (info.eps * scale)).max())
 
 
 def _relative_l2(truth: np.ndarray, found: np.ndarray) -> float:

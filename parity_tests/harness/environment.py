@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 import jaxtyping
 import torch
+import typeguard
 
 CHECKED_ROOMS = ("so8t_jax", "so8t_torch.ops")
 UNCHECKED_FILES = (".kernels", ".autograd")
@@ -23,6 +26,29 @@ def prepare() -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     torch.set_num_threads(1)
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Check arguments and result of every call against the annotations, by typeguard's check of single values.
+
+    typeguard's own decorator parses every string inside an annotation as an expression, and the axes of a shape
+    (``"b t d"``) are none.
+    """
+    signature = inspect.signature(function)
+    hints = {p.name: p.annotation for p in signature.parameters.values() if p.annotation is not p.empty}
+    variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        for name, value in signature.bind(*arguments, **keywords).arguments.items():
+            if name in hints and name not in variadic:
+                typeguard.check_type(value, hints[name])
+        result = function(*arguments, **keywords)
+        if signature.return_annotation is not signature.empty:
+            typeguard.check_type(result, signature.return_annotation)
+        return result
+
+    return call
 
 
 class _Unchecked(MetaPathFinder):
@@ -48,7 +74,7 @@ def check_shapes() -> None:
     early = [name for name in early if name not in ("so8t_jax", "so8t_torch.ops")]
     if early:
         raise RuntimeError(f"expected no room imported before the shape checks, found {', '.join(early)}")
-    jaxtyping.install_import_hook(list(CHECKED_ROOMS), "typeguard.typechecked")
+    jaxtyping.install_import_hook(list(CHECKED_ROOMS), f"{__name__}.checked")
     sys.meta_path.insert(0, _Unchecked())
     jaxtyping.config.update("jaxtyping_disable", True)
 

@@ -17,8 +17,8 @@ import torch
 
 from parity_tests.harness.pair import OpPair, Size
 
-BATCH = 6
-"""Examples in a batch: as two axes it is 2 by 3."""
+BATCH = 12
+"""Examples in a batch; as two axes it is 3 by 4."""
 HALF = ("bfloat16", "float16")
 NUMPY: dict[str, Any] = {
     "float64": np.float64,
@@ -44,9 +44,9 @@ class Inputs:
         """Return the positional arguments of one example."""
         return tuple(a if axis is None else a[row] for a, axis in zip(self.arguments, self.axes, strict=True))
 
-    def replace(self, arguments: tuple[Any, ...], batch: int | None = None) -> Inputs:
+    def replace(self, arguments: tuple[Any, ...]) -> Inputs:
         """Return the same axes over other arguments."""
-        return dataclasses.replace(self, arguments=arguments, batch=self.batch if batch is None else batch)
+        return dataclasses.replace(self, arguments=arguments)
 
 
 def size_label(size: Size) -> str:
@@ -69,7 +69,7 @@ def is_inexact(value: Any) -> bool:
     return is_array(value) and np.issubdtype(value.dtype, np.inexact)
 
 
-def draw(pair: OpPair, strategy: str, size: Size, batch: int = BATCH) -> Inputs:
+def draw(pair: OpPair, strategy: str, size: Size, batch: int = BATCH, first: int = 0) -> Inputs:
     """Draw ``batch`` examples and stack every array argument that is not shared.
 
     Args:
@@ -77,8 +77,10 @@ def draw(pair: OpPair, strategy: str, size: Size, batch: int = BATCH) -> Inputs:
         strategy: name of one of its input strategies.
         size: one of its sizes.
         batch: number of examples, at least one.
+        first: number of the first example; other numbers are other examples.
     """
-    rows = [pair.inputs[strategy](seed(pair.name, strategy, size_label(size), row), size) for row in range(batch)]
+    numbers = range(first, first + batch)
+    rows = [pair.inputs[strategy](seed(pair.name, strategy, size_label(size), n), size) for n in numbers]
     arguments, axes = [], []
     for position, column in enumerate(zip(*rows, strict=True)):
         batched = is_array(column[0]) and position not in pair.shared

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness import reference
-from parity_tests.harness.comparison import Deviation, Expected, ParityError, allowed, compare, eps_of
+from parity_tests.harness.comparison import Deviation, Expected, ParityError, compare, eps_of, error_in_eps
 from parity_tests.harness.inputs import (
     BATCH,
     COMPLEX_OF,
@@ -27,6 +27,9 @@ from parity_tests.harness.inputs import (
 from parity_tests.harness.pair import OpPair, Size
 from parity_tests.harness.production import Run
 from parity_tests.harness.tree import flatten
+
+BAR_BATCHES = 5
+"""Batches over which the error of the straightforward computation is taken; only the first judges production."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,65 +60,106 @@ def truth(pair: OpPair, strategy: str, size: Size, dtype: str, *, batch: int = B
 
 @functools.cache
 def _truth(pair: OpPair, strategy: str, size: tuple[tuple[str, int], ...], dtype: str, batch: int, ones: bool) -> Truth:
-    inputs = rounded(pair, draw(pair, strategy, dict(size), batch), dtype)
     words = (pair.name, strategy, size_label(dict(size)), dtype)
-    return truth_of(pair, inputs, dtype, words, ones=ones, nonfinite=strategy in pair.nonfinite)
+
+    def situation(number: int) -> _Situation:
+        inputs = rounded(pair, draw(pair, strategy, dict(size), batch, number * batch), dtype)
+        structure, leaves = flatten(reference.values(pair, inputs))
+        return _Situation(inputs, structure, leaves, _cotangents(pair, leaves, dtype, (*words, number), ones))
+
+    judged = situation(0)
+    below = dtype != "float64"
+    others = [situation(number) for number in range(1, BAR_BATCHES)] if below else []
+    nonfinite = strategy in pair.nonfinite
+    batched = any(axis == 0 for axis in judged.inputs.axes)
+    outputs = _outputs(pair, [judged, *others], dtype, batched, nonfinite)
+    gradients = _gradients(pair, [judged, *others], dtype, nonfinite)
+    return Truth(dtype, judged.inputs, judged.cotangents, judged.structure, outputs, gradients)
 
 
-def truth_of(
-    pair: OpPair, inputs: Inputs, dtype: str, words: tuple[object, ...], *, ones: bool = False, nonfinite: bool = False
-) -> Truth:
-    """Return the judged situation of given inputs (already rounded to ``dtype``)."""
-    structure, leaves = flatten(reference.values(pair, inputs))
+@dataclass(frozen=True, eq=False)
+class _Situation:
+    inputs: Inputs
+    structure: str
+    leaves: list[np.ndarray]
+    cotangents: tuple[np.ndarray, ...]
+
+
+def _cotangents(
+    pair: OpPair, leaves: list[np.ndarray], dtype: str, words: tuple[object, ...], ones: bool
+) -> tuple[np.ndarray, ...]:
     result = result_dtype(pair, dtype)
-    cotangents = tuple(
+    return tuple(
         np.ones(leaf.shape, leaf.dtype)
         if ones
         else draw_cotangent(leaf.shape, np.iscomplexobj(leaf), result, *words, index)
         for index, leaf in enumerate(leaves)
         if np.issubdtype(leaf.dtype, np.inexact)
     )
-    plain = [None] * len(leaves)
-    if result != "float64":
-        plain = [round_to(_wide(x), result) for x in flatten(reference.values(pair, inputs, "float32"))[1]]
-    outputs = tuple(
+
+
+def _outputs(
+    pair: OpPair, situations: list[_Situation], dtype: str, batched: bool, nonfinite: bool
+) -> tuple[Expected, ...]:
+    result = result_dtype(pair, dtype)
+    judged = situations[0]
+    expected = [
         Expected(
             what=f"output {index}",
             dtype=_leaf_dtype(leaf, result),
             truth=leaf,
-            straightforward=low,
+            straightforward=None,
             budget=eps_of(pair.budget.forward, dtype),
             floor=pair.budget.floor,
-            batched=any(axis == 0 for axis in inputs.axes),
+            batched=batched,
             nonfinite=nonfinite,
         )
-        for index, (leaf, low) in enumerate(zip(leaves, plain, strict=True))
+        for index, leaf in enumerate(judged.leaves)
+    ]
+    if result == "float64":
+        return tuple(expected)
+    plain = [flatten(reference.values(pair, s.inputs, "float32"))[1] for s in situations]
+    return tuple(
+        _barred(e, result, [(s.leaves[i], low[i]) for s, low in zip(situations, plain, strict=True)])
+        for i, e in enumerate(expected)
     )
-    gradients = _gradients(pair, inputs, dtype, cotangents, nonfinite)
-    return Truth(dtype, inputs, cotangents, structure, outputs, gradients)
 
 
-def _gradients(
-    pair: OpPair, inputs: Inputs, dtype: str, cotangents: tuple[np.ndarray, ...], nonfinite: bool
-) -> dict[int, Expected]:
-    if not reference.present(pair, inputs):
+def _gradients(pair: OpPair, situations: list[_Situation], dtype: str, nonfinite: bool) -> dict[int, Expected]:
+    judged = situations[0]
+    if not reference.present(pair, judged.inputs):
         return {}
-    exact = reference.gradients(pair, inputs, cotangents)
-    plain = {} if dtype == "float64" else reference.gradients(pair, inputs, cotangents, "float32")
+    exact = [reference.gradients(pair, s.inputs, s.cotangents) for s in situations]
+    plain = []
+    if dtype != "float64":
+        plain = [reference.gradients(pair, s.inputs, s.cotangents, "float32") for s in situations]
     found = {}
-    for position, gradient in exact.items():
+    for position, gradient in exact[0].items():
         own = dtype_at(pair, position, dtype)
-        found[position] = Expected(
+        e = Expected(
             what=f"gradient of argument {position}",
             dtype=_leaf_dtype(gradient, own),
             truth=gradient,
-            straightforward=round_to(_wide(plain[position]), own) if plain else None,
+            straightforward=None,
             budget=eps_of(pair.budget.gradient, dtype),
             floor=pair.budget.gradient_floor,
-            batched=inputs.axes[position] == 0,
+            batched=judged.inputs.axes[position] == 0,
             nonfinite=nonfinite,
         )
+        couples = [(g[position], low[position]) for g, low in zip(exact, plain, strict=False)] if plain else []
+        found[position] = _barred(e, own, couples)
     return found
+
+
+def _barred(expected: Expected, dtype: str, couples: list[tuple[np.ndarray, np.ndarray]]) -> Expected:
+    """Set the second bar from (truth, the same in float32) of several batches."""
+    if not couples or not np.issubdtype(expected.truth.dtype, np.inexact):
+        return expected
+    errors = (
+        error_in_eps(expected.dtype, exact, round_to(_wide(low), dtype), floor=expected.floor, batched=expected.batched)
+        for exact, low in couples
+    )
+    return dataclasses.replace(expected, straightforward=max(errors))
 
 
 def _wide(leaf: np.ndarray) -> np.ndarray:
@@ -151,25 +195,22 @@ def _judge_gradient(expected: Expected, gradient: Any) -> Deviation:
     return compare(expected, gradient)
 
 
-def row_of(pair: OpPair, whole: Truth, row: int, *, keep_axis: bool) -> Truth:
-    """Return what one example of a batch must give on its own, without compiling the definition again.
+def rows_of(pair: OpPair, whole: Truth, pick: int | slice) -> Truth:
+    """Return what some examples of a batch must give on their own, without compiling the definition again.
 
-    The gradient of a shared argument is that of the row alone: the cotangents of the other rows are set to zero. The
-    limit is that of the whole batch, since one row alone may be rounded luckily by the straightforward computation.
+    The gradient of a shared argument is that of these rows alone: the cotangents of the others are set to zero.
 
     Args:
         pair: the declaration.
         whole: the judged batch.
-        row: which example.
-        keep_axis: keep a batch axis of length one instead of dropping it.
+        pick: which examples; a number drops the batch axis, a slice keeps it.
     """
-    pick = slice(row, row + 1) if keep_axis else row
+    keep_axis = isinstance(pick, slice)
 
-    def cut(expected: Expected) -> Expected:
-        own = dataclasses.replace(expected, budget=allowed(expected), straightforward=None)
-        return dataclasses.replace(own, truth=own.truth[pick], batched=keep_axis) if own.batched else own
+    def cut(e: Expected) -> Expected:
+        return dataclasses.replace(e, truth=e.truth[pick], batched=keep_axis) if e.batched else e
 
-    alone = tuple(_only(row, c) for c in whole.cotangents)
+    alone = tuple(_only(pick, c) for c in whole.cotangents)
     exact = reference.gradients(pair, whole.inputs, alone) if whole.gradients else {}
     gradients = {
         position: cut(e if e.batched else dataclasses.replace(e, truth=exact[position]))
@@ -180,7 +221,7 @@ def row_of(pair: OpPair, whole: Truth, row: int, *, keep_axis: bool) -> Truth:
     )
     return Truth(
         whole.dtype,
-        whole.inputs.replace(arguments, batch=1),
+        whole.inputs.replace(arguments),
         tuple(c[pick] for c in whole.cotangents),
         whole.structure,
         tuple(cut(e) for e in whole.outputs),
@@ -188,9 +229,9 @@ def row_of(pair: OpPair, whole: Truth, row: int, *, keep_axis: bool) -> Truth:
     )
 
 
-def _only(row: int, cotangent: np.ndarray) -> np.ndarray:
+def _only(pick: int | slice, cotangent: np.ndarray) -> np.ndarray:
     kept = np.zeros_like(cotangent)
-    kept[row] = cotangent[row]
+    kept[pick] = cotangent[pick]
     return kept
 
 

@@ -106,6 +106,8 @@ class OpPair:
         nonfinite: strategies whose results are meant to hold NaN or infinities, in the same places on both sides.
         edge_sizes: degenerate sizes (a length of one, shorter than a stencil) at which values and gradients,
             possibly all zero, are compared in float64.
+        finite_differences: whether the gradient is the derivative of the values; ``False`` where the definition stops
+            a gradient or passes one straight through, so that ``gradcheck`` has no meaning.
         twice: whether the second derivative exists and is checked (``gradgradcheck``).
         bitwise_batch: whether a row of a batch must equal the row alone bit for bit, not only within the budget.
     """
@@ -130,5 +132,6 @@ class OpPair:
     returns: Literal["input", "accumulation", "float64"] = "input"
     nonfinite: tuple[str, ...] = ()
     edge_sizes: tuple[Size, ...] = ()
+    finite_differences: bool = True
     twice: bool = True
     bitwise_batch: bool = False
