@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,23 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def phi35() -> Any:
+def shared() -> Callable[[str], Path]:
+    """Find a file of the real data, which is not part of the repository, or skip the test."""
+
+    def find(name: str) -> Path:
+        if not (SHARED / name).exists():
+            pytest.skip(f"needs ../shared/data/{name}")
+        return SHARED / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def phi35(shared: Callable[[str], Path]) -> Any:
     """The tokenizer of Phi-3.5-mini."""
-    if not (SHARED / "phi35/tokenizer.json").is_file():
-        pytest.skip("needs ../shared/data/phi35, the real tokenizer and configuration")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(SHARED / "phi35")
+    return AutoTokenizer.from_pretrained(shared("phi35/tokenizer.json").parent)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ class SO8TTrainer(Trainer):
         self._tap = ResidualTap({**layers, LAST_STATES: self._decoder})
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
-        self._rates: dict[str, float] = {}
+        self._settings: dict[str, float] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
@@ -127,11 +127,12 @@ class SO8TTrainer(Trainer):
             TrainingError: the loss is not finite, or nothing trainable reaches it; the step is named.
         """
         del return_outputs
-        # The rates this step uses; by the time it is logged the schedule has moved on.
-        self._rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         nll, mask, streams = self._forward(model, inputs)
         language = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
         weight = self._weight()
+        # What this step uses; by the time it is logged the schedules have moved on.
+        self._settings = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        self._settings["pet_weight"] = weight
         pet = nll.new_zeros(())
         if streams:
             pet = penalty(streams, mask, self._triples, huber_delta=self._penalty.huber_delta)
@@ -192,8 +193,7 @@ class SO8TTrainer(Trainer):
             logs["loss/total"] = logs.pop("loss")
             logs.pop("learning_rate", None)
             logs |= self._meter.read(self._over_processes)
-            logs["pet_weight"] = self._weight()
-            logs |= self._rates
+            logs |= self._settings
             logs |= geometry(self.model)
             self._meter.reset()
         super().log(logs, start_time)
