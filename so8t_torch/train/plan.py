@@ -17,7 +17,8 @@ from so8t_torch.core.errors import ConfigError
 from so8t_torch.train import memory
 from so8t_torch.train.building import adapt, base_source, resolve_dtype
 from so8t_torch.train.cards import CUDA_CONTEXT, GIB, HEADROOM, Card, find_card
-from so8t_torch.train.config import PretrainedBase, TrainConfig
+from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.reading_base import ScratchBase, architecture
 
 MIB = 1 << 20
 
@@ -84,8 +85,9 @@ def plan(config: TrainConfig, card: str | None = None) -> Plan:
     chosen = None if name is None else find_card(name)
     dtype = planned_dtype(config, chosen)
     settings = base_configuration(config)
+    AttentionInterface.register("so8t_plan", memory.fused_attention)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="so8t_plan")
         head = model.get_output_embeddings()
         base = memory.base_bytes(model, head, config.loading, dtype)
         parameters = sum(p.numel() for p in model.parameters())
@@ -101,20 +103,21 @@ def planned_dtype(config: TrainConfig, card: Card | None) -> torch.dtype:
 
 
 def base_configuration(config: TrainConfig) -> PreTrainedConfig:
-    """Read the base's configuration and let it use the planning attention.
+    """Read the base's configuration, or derive that of a base made from scratch.
 
     Raises:
         ConfigError: neither a local folder nor reachable on the hub.
     """
+    section = config.base
+    if isinstance(section, ScratchBase):
+        return architecture(section, section.vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     source, revision = base_source(config)
-    AttentionInterface.register("so8t_plan", memory.fused_attention)
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, attn_implementation="so8t_plan")
+        return AutoConfig.from_pretrained(source, revision=revision)
     except OSError as error:
-        where = config.base.path if isinstance(config.base, PretrainedBase) else source
         raise ConfigError(
-            f"base.path {where!r}: no model configuration there. Give a local folder with config.json, or a hub id on "
-            "a machine with network."
+            f"base.path {section.path!r}: no model configuration there. Give a local folder with config.json, or a hub "
+            "id on a machine with network."
         ) from error
 
 

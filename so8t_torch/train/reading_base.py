@@ -109,7 +109,8 @@ def build_base(section: ScratchBase, directory: Path, *, threads: int) -> Path:
     )
     tokenizer = build_tokenizer(section, drawn, text)
     torch.manual_seed(section.seed)
-    model = Phi3ForCausalLM(_architecture(section, tokenizer))
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = Phi3ForCausalLM(architecture(section, len(tokenizer), **ids))
     _teach(model, section, [encode(tokenizer, e) for e in drawn], _stream(tokenizer, text), folder / LOG)
     record = {
         "settings": section.model_dump(mode="json"),
@@ -248,9 +249,16 @@ def _share(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 30) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
 
 
-def _architecture(section: ScratchBase, tokenizer: PreTrainedTokenizerFast) -> Phi3Config:
+def architecture(section: ScratchBase, vocabulary: int, **token_ids: int) -> Phi3Config:
+    """Return the model's configuration.
+
+    Args:
+        section: sizes.
+        vocabulary: number of tokens the tokenizer really has.
+        **token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+    """
     return Phi3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         hidden_size=section.hidden_size,
         intermediate_size=2 * section.hidden_size,
         num_hidden_layers=section.layers,
@@ -258,10 +266,8 @@ def _architecture(section: ScratchBase, tokenizer: PreTrainedTokenizerFast) -> P
         num_key_value_heads=section.heads,
         max_position_embeddings=2048,
         original_max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
+        **token_ids,
     )
 
 
