@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from parity_tests.harness import environment
+from parity_tests.harness.skips import SkipCount
 
 environment.check_shapes()
 environment.prepare()
@@ -31,36 +32,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
-
-
-class SkipCount:
-    """Fails a session in which more generated tests were skipped than the census records."""
-
-    def __init__(self) -> None:
-        self.skipped = 0
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a skip; expected failures are reported as skips too and have their own record."""
-        if report.skipped and not hasattr(report, "wasxfail") and report.nodeid.startswith("parity_tests/"):
-            self.skipped += 1
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Compare with the census, in the process that sees every report."""
-        if hasattr(session.config, "workerinput"):
-            return
-        from parity_tests.harness.census import recorded
-
-        if self.skipped > recorded()["skips"]:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say why the session failed when the skips grew."""
-        from parity_tests.harness.census import recorded
-
-        allowed = recorded()["skips"]
-        if self.skipped > allowed:
-            terminalreporter.write_line(
-                f"parity: {self.skipped} tests skipped, the census allows {allowed}; "
-                "find out why, or record it with `python -m parity_tests --census`",
-                red=True,
-            )

@@ -173,7 +173,7 @@ def memory(pair: OpPair) -> Iterator[Case]:
 
 def _memory(pair: OpPair) -> None:
     expected = _generic(pair, largest=True)
-    with poisoned("so8t_torch", pair.production.__module__.partition(".")[0]):
+    with poisoned(pair.production):
         found = run_judged(pair, expected)
     require(both_ways(expected, found))
 

@@ -36,15 +36,16 @@ def _poisoning(allocate: Callable[..., torch.Tensor], packages: frozenset[str]) 
 
 
 @contextlib.contextmanager
-def poisoned(*packages: str) -> Iterator[None]:
-    """Fill with NaN (integers: the largest value) what modules of the named top packages allocate unwritten.
+def poisoned(function: Callable[..., Any]) -> Iterator[None]:
+    """Fill with NaN (integers: the largest value) what the library allocates unwritten.
 
     Args:
-        *packages: top-level package names, for example ``so8t_torch``.
+        function: the judged function; its top-level package counts as the library, beside ``so8t_torch``.
     """
+    packages = frozenset(("so8t_torch", function.__module__.partition(".")[0]))
     originals = [(owner, name, getattr(owner, name)) for owner, name in ALLOCATORS]
     for owner, name, allocate in originals:
-        setattr(owner, name, _poisoning(allocate, frozenset(packages)))
+        setattr(owner, name, _poisoning(allocate, packages))
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -137,8 +138,13 @@ def _usual_dtype(pair: OpPair) -> str:
 
 def _backend(pair: OpPair, backend: str, strategy: str, size: Size, dtype: str, device: str) -> None:
     expected = truth(pair, strategy, size, dtype)
-    if backend == "triton" and device == "cpu":
+    interpreted = backend == "triton" and device == "cpu"
+    if interpreted and any(axis == 0 for axis in expected.inputs.axes):
         expected = rows_of(pair, expected, slice(0, INTERPRETED_ROWS))
-    with poisoned("so8t_torch", pair.production.__module__.partition(".")[0]):
+    # the interpreter computes masked lanes too, with whatever numpy has to say about them
+    with (
+        np.errstate(all="ignore" if interpreted else "warn"),
+        poisoned(pair.production),
+    ):
         found = run_judged(pair, expected, function=bound(pair, backend), device=device)
     require(both_ways(expected, found))
