@@ -13,8 +13,8 @@ from so8t_torch.core.errors import BackendError, ConfigError, ShapeError
 from so8t_torch.ops import second_difference as production
 
 BACKENDS = ("eager", "triton")
-SEQUENCE = ({"T": 5, "D": 3}, {"T": 37, "D": 19})
-BATCH = ({"B": 2, "T": 5, "D": 3}, {"B": 3, "T": 21, "D": 11})
+SEQUENCE = ({"T": 8, "D": 5}, {"T": 37, "D": 19})
+BATCH = ({"B": 2, "T": 8, "D": 5}, {"B": 3, "T": 21, "D": 11})
 SHORT = ({"T": 1, "D": 2}, {"T": 2, "D": 2}, {"T": 3, "D": 1})
 SHORT_BATCH = tuple({"B": 2, **size} for size in SHORT)
 
@@ -156,6 +156,12 @@ REJECTIONS = (
     ),
 )
 
+ENERGY_LAWS = (
+    Law("frequency", cosine_law, 64.0),
+    Law("line", line_law, 64.0),
+    Law("quadratic", quadratic_law, 16.0),
+)
+
 # Sums of T·D squares of differences: each term carries a few roundings, the sum is relative to itself. In drifting
 # trajectories every difference loses the digits of |h|² / |Δ²h|², about 10³ here at the largest size.
 ENERGY = Budget(forward=2000.0, gradient=500.0)
@@ -178,7 +184,7 @@ def energy_pair(variant: str, **keywords: Any) -> OpPair:
         backends=BACKENDS,
         edge_sizes=SHORT,
         bitwise_batch=True,
-        laws=() if keywords else (Law("frequency", cosine_law, 64.0), Law("line", line_law, 64.0), Law("quadratic", quadratic_law, 16.0)),
+        laws=() if keywords else ENERGY_LAWS,
         rejections=() if keywords else REJECTIONS,
     )
 

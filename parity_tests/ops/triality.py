@@ -98,7 +98,7 @@ def octonions(*, count: int) -> dict[str, Any]:
         return tuple(generator.standard_normal((count, 8)))
 
     def uneven(generator: np.random.Generator, _: Size) -> Example:
-        return tuple(generator.standard_normal((count, 8)) * np.logspace(-4, 4, 8))
+        return tuple(generator.standard_normal((count, 8)) * np.logspace(-2, 2, 8))
 
     return {"generic": generic, "uneven": uneven}
 
