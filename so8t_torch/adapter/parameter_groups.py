@@ -15,9 +15,7 @@ from so8t_torch.adapter.layer import GeneratorDict
 GATES = ("so8t_safe", "so8t_cmd")
 
 
-def so8t_param_groups(
-    model: nn.Module, lr: float, gate_lr: float, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+def so8t_param_groups(model: nn.Module, lr: float, gate_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups: gates, matrices, and vectors (biases, norms).
 
     Args:

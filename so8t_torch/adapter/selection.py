@@ -160,9 +160,11 @@ def _unmatched(rule: Rule, modules: Iterable[str]) -> Iterator[str]:
     free = replace(rule, layers_to_transform=None, exclude_modules=None)
     for entry in _entries(rule.target_modules):
         if not any(_single(rule, entry).selects(key) for key in keys):
-            why = "all of its matches are excluded or outside the layers asked for" if any(
-                _single(free, entry).selects(key) for key in keys
-            ) else _near(entry, keys)
+            why = (
+                "all of its matches are excluded or outside the layers asked for"
+                if any(_single(free, entry).selects(key) for key in keys)
+                else _near(entry, keys)
+            )
             yield f"  {targets}: {entry!r} matches nothing; {why}."
     for index in _indices(rule.layers_to_transform):
         if not any(replace(rule, layers_to_transform=[index]).selects(key) for key in keys):

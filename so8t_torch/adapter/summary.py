@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from so8t_torch.adapter.layer import SO8TLayer
 from so8t_torch.ops import rotation
 
+_WRAPPING = "base_model.model."
+
 
 @dataclass(frozen=True)
 class GateSummary:
@@ -57,12 +59,12 @@ def rotation_angles(matrix: Float[Tensor, "*batch 8 8"]) -> Float[Tensor, "*batc
 
 @torch.no_grad()
 def gate_summary(model: nn.Module) -> dict[str, GateSummary]:
-    """Return the geometry of every active gate by module name.
+    """Return the geometry of every active gate by module name, the same with and without PEFT's wrapping.
 
     Args:
         model: wrapped by PEFT, or with injected layers.
     """
-    return {name: _summary(layer) for name, layer in gated_layers(model)}
+    return {name.removeprefix(_WRAPPING): _summary(layer) for name, layer in gated_layers(model)}
 
 
 def _summary(layer: SO8TLayer) -> GateSummary:

@@ -1,6 +1,6 @@
 """Compares two models' logits on prompts, beside the noise that threads and batch size make by themselves.
 
-    Δ = max |z' − z|,   KL = max over positions of Σ p log(p / p'),   p = softmax z, in float64
+Δ = max |z' − z|,   KL = max over positions of Σ p log(p / p'),   p = softmax z, in float64
 """
 
 from __future__ import annotations
@@ -159,6 +159,8 @@ def noise_floor(
 ) -> tuple[float, float]:
     """Return how far the same model's logits move with the number of threads and with the batch size.
 
+    The longest prompt is enough to see it; on a large model each further one costs two forward passes.
+
     Args:
         model: the one that gave ``reference``.
         prompts: the same ones.
@@ -167,6 +169,8 @@ def noise_floor(
     Returns:
         (threads, batch): max |Δ| with one thread (two if one is in use), and with each prompt beside a copy.
     """
+    longest = max(range(len(reference)), key=lambda i: len(reference[i]))
+    prompts, reference = Prompts((prompts.token_ids[longest],), prompts.source), [reference[longest]]
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:

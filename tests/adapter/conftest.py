@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 DECODER = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-WORDS = "the gate turns eight channels at a time and no more than that".split()
+WORDS = ["the", "gate", "turns", "eight", "channels", "at", "a", "time", "and", "no", "more", "than", "that"]
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ def dense_rotation(coordinates: np.ndarray, blocks: int, chart: str = "exp") -> 
             for j in range(i + 1, 8):
                 skew[i, j] = next(numbers)
                 skew[j, i] = -skew[i, j]
-        block = scipy.linalg.expm(skew) if chart == "exp" else np.linalg.solve(np.eye(8) - skew / 2, np.eye(8) + skew / 2)
+        eye = np.eye(8)
+        block = scipy.linalg.expm(skew) if chart == "exp" else np.linalg.solve(eye - skew / 2, eye + skew / 2)
         matrix[8 * k : 8 * k + 8, 8 * k : 8 * k + 8] = block
     return matrix
 
@@ -52,9 +53,8 @@ def expected(layer: SO8TLayer, x: Tensor, chart: str) -> np.ndarray:
         z = z + (16 / len(down)) * x.double().numpy() @ down.T @ up.T
     if "default" in layer.so8t_safe:
         blocks = z.shape[-1] // 8
-        safe, cmd = (
-            dense_rotation(p["default"].detach().double().numpy(), blocks, chart) for p in (layer.so8t_safe, layer.so8t_cmd)
-        )
+        generators = (p["default"].detach().double().numpy() for p in (layer.so8t_safe, layer.so8t_cmd))
+        safe, cmd = (dense_rotation(g, blocks, chart) for g in generators)
         z = z @ (cmd @ safe).T
     return z
 
@@ -68,7 +68,7 @@ def test_the_layer_is_the_formula(chart, shared, gated, rank) -> None:
     np.testing.assert_allclose(layer(x).detach().numpy(), expected(layer, x, chart), rtol=0, atol=1e-5)
 
 
-def test_conv1d_layers_compute_and_merge(ids) -> None:
+def test_conv1d_layers_compute_and_merge() -> None:
     torch.manual_seed(0)
     layer = random_layer(SO8TConfig(r=2), Conv1D(16, 24)).eval()
     x = torch.randn(3, 24)

@@ -87,7 +87,7 @@ def test_evaluation_leaves_the_gradients_alone(wrapped, adapter_gradients, ids, 
 
 
 @pytest.mark.parametrize(("kind", "at_least"), [("nf4", 0.99999), ("int8", 0.999)])
-def test_gradients_are_those_of_the_dequantised_model(wrapped, load_base, shake, adapter_gradients, ids, kind, at_least) -> None:
+def test_gradients_are_the_dequantised_ones(wrapped, load_base, shake, adapter_gradients, ids, kind, at_least) -> None:
     model = wrapped(kind).eval()
     with torch.no_grad():
         model(ids)

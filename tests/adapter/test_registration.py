@@ -65,6 +65,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_through_load_adapter_with_no_difference(load_base, shake, tmp_path) -> None:
     import torch
 

@@ -50,7 +50,8 @@ def test_fused_and_split_projections(make_model, family, targets, lora, gates_ex
 
 def test_low_rank_alone_and_gates_alone(make_model) -> None:
     assert chosen(get_peft_model(make_model(), SO8TConfig()))[1] == []
-    gates, lora = chosen(get_peft_model(make_model(), SO8TConfig(target_modules=[], r=2, lora_target_modules=["o_proj"])))
+    low_rank = SO8TConfig(target_modules=[], r=2, lora_target_modules=["o_proj"])
+    gates, lora = chosen(get_peft_model(make_model(), low_rank))
     assert gates == []
     assert len(lora) == 3
 
@@ -63,7 +64,10 @@ def test_all_linear_leaves_the_output_head_out(make_model) -> None:
 
 def test_rank_pattern_and_exclusion(make_model) -> None:
     config = SO8TConfig(
-        exclude_modules=["layers.0.self_attn.o_proj"], r=4, lora_target_modules=["qkv_proj", "o_proj"], rank_pattern={"o_proj": 2}
+        exclude_modules=["layers.0.self_attn.o_proj"],
+        r=4,
+        lora_target_modules=["qkv_proj", "o_proj"],
+        rank_pattern={"o_proj": 2},
     )
     model = get_peft_model(make_model(), config)
     assert len(chosen(model)[0]) == 2

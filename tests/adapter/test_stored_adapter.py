@@ -76,7 +76,7 @@ def test_a_tensor_without_a_place_is_named(adapter, load_base) -> None:
 
 def test_an_adapter_of_another_method_is_refused(load_base, tmp_path) -> None:
     get_peft_model(load_base(), LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="expected the fields of SO8TConfig|expected an adapter of the method SO8T"):
+    with pytest.raises(AdapterError, match="expected the fields of SO8TConfig"):
         load_adapter(tmp_path)
 
 

@@ -18,7 +18,7 @@ def trainable(model: torch.nn.Module, adapter: str = "default") -> set[str]:
 
 
 @pytest.mark.parametrize(("train_gates", "frozen"), [("safe", "so8t_cmd"), ("cmd", "so8t_safe")])
-def test_a_frozen_factor_stays_frozen_through_everything(make_model, ids, tmp_path, train_gates, frozen) -> None:
+def test_a_frozen_factor_stays_frozen_through_everything(make_model, tmp_path, train_gates, frozen) -> None:
     model = get_peft_model(make_model(), SO8TConfig(train_gates=train_gates, r=2))
     kinds = {"so8t_safe", "so8t_cmd", "so8t_lora_A", "so8t_lora_B"} - {frozen}
     assert trainable(model) == kinds
@@ -175,7 +175,7 @@ def test_parameter_groups(make_model) -> None:
     torch.optim.AdamW(list(groups.values()))
 
 
-def test_bitsandbytes_keeps_the_gates_in_32_bits(make_model) -> None:
+def test_bitsandbytes_keeps_the_gates_in_32_bits() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     # shapes above bitsandbytes' own 4096-element floor for 8-bit state
     torch.manual_seed(0)
