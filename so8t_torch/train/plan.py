@@ -114,7 +114,7 @@ def base_configuration(config: TrainConfig) -> PreTrainedConfig:
     source, revision = base_source(config)
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"base.path {section.path!r}: no model configuration there. Give a local folder with config.json, or a hub "
             "id on a machine with network."
