@@ -40,30 +40,30 @@ ROW, COLUMN = np.triu_indices(8, 1)
 ROOTS, ROOT_ITERATIONS, ATANH_TERMS = 3, 16, 14
 
 
-def skew(coordinates: Float[Array, "28"]) -> Float[Array, "8 8"]:
+def skew(coordinates: Float[Array, " 28"]) -> Float[Array, "8 8"]:
     """Return the skew matrix whose strict upper triangle, row by row, is ``coordinates``."""
     upper = jnp.zeros((8, 8), coordinates.dtype).at[ROW, COLUMN].set(coordinates)
     return upper - upper.T
 
 
-def unskew(matrix: Float[Array, "8 8"]) -> Float[Array, "28"]:
+def unskew(matrix: Float[Array, "8 8"]) -> Float[Array, " 28"]:
     """Return the coordinates of the skew part (M − Mᵀ)/2."""
     return ((matrix - matrix.T) / 2)[ROW, COLUMN]
 
 
-def exponential(coordinates: Float[Array, "28"]) -> Float[Array, "8 8"]:
+def exponential(coordinates: Float[Array, " 28"]) -> Float[Array, "8 8"]:
     """Return the rotation exp(A)."""
     return jax.scipy.linalg.expm(skew(coordinates))
 
 
-def cayley(coordinates: Float[Array, "28"]) -> Float[Array, "8 8"]:
+def cayley(coordinates: Float[Array, " 28"]) -> Float[Array, "8 8"]:
     """Return the rotation (I − A/2)⁻¹(I + A/2), which agrees with exp(A) to second order and never turns by π."""
     half = skew(coordinates) / 2
     identity = jnp.eye(8, dtype=half.dtype)
     return jnp.linalg.solve(identity - half, identity + half)
 
 
-def logarithm(rotation: Float[Array, "8 8"], cut_margin: float = 1e-3) -> Float[Array, "28"]:
+def logarithm(rotation: Float[Array, "8 8"], cut_margin: float = 1e-3) -> Float[Array, " 28"]:
     """Return the coordinates of the skew part of the principal logarithm: log R = 2ᵏ⁺¹ atanh((S − I)(S + I)⁻¹).
 
     Args:
@@ -107,7 +107,7 @@ def compose(safe: Float[Array, "8 8"], cmd: Float[Array, "8 8"]) -> Float[Array,
     return cmd @ safe
 
 
-def bracket(a: Float[Array, "28"], b: Float[Array, "28"]) -> Float[Array, "28"]:
+def bracket(a: Float[Array, " 28"], b: Float[Array, " 28"]) -> Float[Array, " 28"]:
     """Return the coordinates of the Lie bracket AB − BA."""
     A, B = skew(a), skew(b)
     return unskew(A @ B - B @ A)
@@ -135,9 +135,7 @@ def determinant_error(rotation: Float[Array, "8 8"]) -> Float[Array, ""]:
 def isometry_error(rotation: Float[Array, "blocks 8 8"], x: Float[Array, " channels"]) -> Float[Array, ""]:
     """Return max over blocks |‖R x‖/‖x‖ − 1|, in float64; a block of zeros keeps its length and counts 0."""
     x = x.astype(jnp.float64)
-    before, after = (
-        jnp.linalg.norm(v.reshape(-1, 8), axis=1) for v in (x, apply(rotation.astype(jnp.float64), x))
-    )
+    before, after = (jnp.linalg.norm(v.reshape(-1, 8), axis=1) for v in (x, apply(rotation.astype(jnp.float64), x)))
     ratio = after / jnp.where(before == 0, 1.0, before)
     return jnp.max(jnp.where(before == 0, 0.0, jnp.abs(ratio - 1)))
 

@@ -75,8 +75,8 @@ def exponential(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batc
         ShapeError: the last axis is not 28 long.
 
     Numerics:
-        The error is about 4·eps(float64)·|a|: 7e-14 at |a| = 50, 1e-10 at 5e4. On a CPU there is no upper limit. On other
-        devices, where the norms are not read back, blocks with |a| > 2¹² come out NaN rather than wrong.
+        The error grows as the norm: about 4·eps(float64)·|a|; orthogonality does not. On a CPU there is no upper limit.
+        On other devices, where the norms are not read back, blocks with |a| > 2¹² come out NaN rather than wrong.
     """
     _check_trailing("exponential", "coordinates", coordinates, (28,))
     if _has_tangent(coordinates):
@@ -197,7 +197,9 @@ def determinant_error(rotation: Float[Tensor, "*batch 8 8"]) -> Float[Tensor, "*
     return eager.determinant_error(rotation)
 
 
-def isometry_error(rotation: Float[Tensor, "blocks 8 8"], x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch"]:
+def isometry_error(
+    rotation: Float[Tensor, "blocks 8 8"], x: Float[Tensor, "*batch channels"]
+) -> Float[Tensor, "*batch"]:
     """Return max over blocks |‖R x‖/‖x‖ − 1|, in float64; a block of zeros keeps its length and counts 0.
 
     Raises:

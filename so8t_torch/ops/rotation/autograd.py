@@ -18,6 +18,10 @@ from so8t_torch.ops.rotation import charts, eager
 Backward = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
 
 
+def _shaped_like(tensor: Tensor, needed: bool) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else tensor.new_empty(0)
+
+
 def _register_rotate(name: str, forward: Callable[[Tensor, Tensor], Tensor], backward: Backward) -> Any:
     """Register ``so8t::<name>`` and ``so8t::<name>_backward``; return the first."""
     rotate = torch.library.custom_op(
@@ -31,15 +35,15 @@ def _register_rotate(name: str, forward: Callable[[Tensor, Tensor], Tensor], bac
     )
 
     @rotate.register_fake
-    def _(rotation: Tensor, x: Tensor) -> Tensor:
+    def _(_rotation: Tensor, x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @rotate_backward.register_fake
-    def _(dy: Tensor, rotation: Tensor, x: Tensor, need_rotation: bool, need_x: bool) -> tuple[Tensor, Tensor]:
-        dR = torch.empty_like(rotation, memory_format=torch.contiguous_format) if need_rotation else rotation.new_empty(0)
-        return dR, torch.empty_like(dy, memory_format=torch.contiguous_format) if need_x else dy.new_empty(0)
+    def _(dy: Tensor, rotation: Tensor, _x: Tensor, need_rotation: bool, need_x: bool) -> tuple[Tensor, Tensor]:
+        return _shaped_like(rotation, need_rotation), _shaped_like(dy, need_x)
 
     def keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        del output
         rotation, x = inputs
         ctx.save_for_backward(rotation, x if ctx.needs_input_grad[0] else None)
 
@@ -50,6 +54,7 @@ def _register_rotate(name: str, forward: Callable[[Tensor, Tensor], Tensor], bac
         return dR if need_rotation else None, dx if need_x else None
 
     def keep_all(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool, bool], output: Any) -> None:
+        del output
         *tensors, ctx.need_rotation, ctx.need_x = inputs
         ctx.save_for_backward(*tensors)
 
@@ -92,7 +97,7 @@ def _rotate_triton_backward(
     return dR, kernels.rotate(rotation.mT, dy) if need_x else dx
 
 
-rotate_triton = (
+rotate_triton: Any = (
     _register_rotate("rotate_triton", _rotate_triton, _rotate_triton_backward) if triton_installed() else None
 )
 
@@ -113,11 +118,12 @@ def _(coordinates: Tensor) -> Tensor:
 
 
 @exponential_adjoint.register_fake
-def _(coordinates: Tensor, grad: Tensor) -> Tensor:
+def _(coordinates: Tensor, _grad: Tensor) -> Tensor:
     return torch.empty_like(coordinates, memory_format=torch.contiguous_format)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    del output
     ctx.save_for_backward(*inputs)
 
 
@@ -130,7 +136,8 @@ def _differentiate_adjoint(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]
     coordinates, grad = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
     with torch.enable_grad():
         adjoint = charts.exponential_adjoint(coordinates, grad)
-    return torch.autograd.grad(adjoint, (coordinates, grad), cotangent)
+    to_coordinates, to_grad = torch.autograd.grad(adjoint, (coordinates, grad), cotangent)
+    return to_coordinates, to_grad
 
 
 exponential.register_autograd(_differentiate_exponential, setup_context=_keep_inputs)

@@ -48,7 +48,9 @@ def _rotate(rotation: Tensor, x: Tensor, finite: bool) -> Tensor:
     return _rotate_rows(rotation, rows, finite).view(x.shape)
 
 
-def rotate_backward(dy: Tensor, rotation: Tensor, x: Tensor, need_rotation: bool, need_x: bool) -> tuple[Tensor, Tensor]:
+def rotate_backward(
+    dy: Tensor, rotation: Tensor, x: Tensor, need_rotation: bool, need_x: bool
+) -> tuple[Tensor, Tensor]:
     """Return (dR, dx), empty where not needed; dR in the dtype of the rotation."""
     dR, dx = rotation.new_empty(0), dy.new_empty(0)
     finite = False
@@ -195,9 +197,10 @@ def determinant_error(rotation: Tensor) -> Tensor:
 
 def isometry_error(rotation: Tensor, x: Tensor) -> Tensor:
     """Return the largest relative change of a block's length; a block of zeros keeps its length."""
-    blocks = x.double().unflatten(-1, (-1, 8))
-    before = torch.linalg.vector_norm(blocks, dim=-1)
-    after = torch.linalg.vector_norm(torch.einsum("nij,...nj->...ni", rotation.double().expand(blocks.shape[-2], 8, 8), blocks), dim=-1)
+    x = x.double()
+    before, after = (
+        torch.linalg.vector_norm(v.unflatten(-1, (-1, 8)), dim=-1) for v in (x, rotate_plain(rotation.double(), x))
+    )
     return torch.where(before == 0, 0.0, (after / before - 1).abs()).amax(-1)
 
 

@@ -9,6 +9,8 @@ program, then across programs by one small reduction. No atomics, so that equal 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,13 +35,13 @@ PROGRAMS_PER_PROCESSOR = 4
 
 
 @triton.jit
-def _column(tile, j: tl.constexpr):
+def _column(tile: Any, j: tl.constexpr) -> Any:
     """Return column j of [rows, blocks, 8] with a last axis of one."""
     return tl.sum(tl.where(tl.arange(0, 8)[None, None, :] == j, tile, 0.0), axis=2, keep_dims=True)
 
 
 @triton.jit
-def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+def _rounded(value: Any, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> Any:
     """Cast to the nearest value of ``dtype``, ties to even; the interpreter truncates bfloat16 by itself."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -50,14 +52,14 @@ def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    rotation_ptr, x_ptr, y_ptr, rows, blocks, rotation_stride,
+    rotation_ptr: Any, x_ptr: Any, y_ptr: Any, rows: Any, blocks: Any, rotation_stride: Any,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """y[t, k, i] = Σ_j R[k, i, j] x[t, k, j]."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
     i = tl.arange(0, 8)[None, None, :]
     block_in_range = block < blocks
-    columns = ()
+    columns: Any = ()
     for j in tl.static_range(8):
         at = rotation_ptr + block * rotation_stride + i * 8 + j
         columns = columns + (tl.load(at, mask=block_in_range, other=0.0),)  # noqa: RUF005
@@ -74,15 +76,15 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    rotation_ptr, x_ptr, dy_ptr, dx_ptr, partial_ptr, rows, blocks, rotation_stride,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    rotation_ptr: Any, x_ptr: Any, dy_ptr: Any, dx_ptr: Any, partial_ptr: Any, rows: Any, blocks: Any,
+    rotation_stride: Any, ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+) -> None:  # fmt: skip
     """dx[t, k, j] = Σ_i R[k, i, j] dy[t, k, i] and this program's share of dR[k, i, j] = Σ_t dy[t, k, i] x[t, k, j]."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
     j = tl.arange(0, 8)[None, None, :]
     block_in_range = block < blocks
-    rotation_rows = ()
-    sums = ()
+    rotation_rows: Any = ()
+    sums: Any = ()
     for i in tl.static_range(8):
         at = rotation_ptr + block * rotation_stride + i * 8 + j
         rotation_rows = rotation_rows + (tl.load(at, mask=block_in_range, other=0.0),)  # noqa: RUF005
@@ -94,7 +96,7 @@ def backward_kernel(
         x = tl.load(x_ptr + offsets, mask=in_range, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offsets, mask=in_range, other=0.0).to(tl.float32)
         dx = tl.zeros([ROWS, BLOCKS, 8], tl.float32)
-        grown = ()
+        grown: Any = ()
         for i in tl.static_range(8):
             dy_i = _column(dy, i)
             dx += rotation_rows[i] * dy_i
@@ -135,7 +137,13 @@ def rotate(rotation: Tensor, x: Tensor) -> Tensor:
         "rotation_ptr": R, "x_ptr": x, "y_ptr": y, "rows": rows, "blocks": blocks, "rotation_stride": stride,
         "INTERPRETED": interpreting(),
     }  # fmt: skip
-    launch(forward_kernel, FORWARD_TILES, lambda tile: (triton.cdiv(blocks, tile["BLOCKS"]), slices), arguments, ("blocks",))
+    launch(
+        forward_kernel,
+        FORWARD_TILES,
+        lambda tile: (triton.cdiv(blocks, tile["BLOCKS"]), slices),
+        arguments,
+        ("blocks",),
+    )
     return y
 
 
@@ -154,6 +162,12 @@ def rotate_backward(dy: Tensor, rotation: Tensor, x: Tensor) -> tuple[Tensor, Te
         "rotation_ptr": R, "x_ptr": x, "dy_ptr": dy, "dx_ptr": dx, "partial_ptr": partial, "rows": rows,
         "blocks": blocks, "rotation_stride": stride, "INTERPRETED": interpreting(),
     }  # fmt: skip
-    launch(backward_kernel, BACKWARD_TILES, lambda tile: (triton.cdiv(blocks, tile["BLOCKS"]), slices), arguments, ("blocks",))
+    launch(
+        backward_kernel,
+        BACKWARD_TILES,
+        lambda tile: (triton.cdiv(blocks, tile["BLOCKS"]), slices),
+        arguments,
+        ("blocks",),
+    )
     dR = partial.sum(0)
     return (dR.sum(0, keepdim=True) if rotation.shape[0] == 1 else dR), dx
