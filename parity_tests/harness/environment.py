@@ -25,6 +25,8 @@ def prepare() -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    # a definition is compiled once and run a few times: compiling is what takes the time
+    jax.config.update("jax_disable_most_optimizations", True)
     torch.set_num_threads(1)
 
 

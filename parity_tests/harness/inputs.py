@@ -111,9 +111,11 @@ def round_to(value: Any, dtype: str) -> Any:
     """Round an inexact array to ``dtype`` and widen it back to float64 (complex128); leave anything else alone."""
     if not is_inexact(value):
         return value
-    if np.iscomplexobj(value):
-        return value.astype(NUMPY[COMPLEX_OF[dtype]]).astype(np.complex128)
-    return value.astype(NUMPY[dtype]).astype(np.float64)
+    # what is too large for the dtype becomes infinite and is judged as such
+    with np.errstate(over="ignore"):
+        if np.iscomplexobj(value):
+            return value.astype(NUMPY[COMPLEX_OF[dtype]]).astype(np.complex128)
+        return value.astype(NUMPY[dtype]).astype(np.float64)
 
 
 def rounded(pair: OpPair, inputs: Inputs, dtype: str) -> Inputs:
