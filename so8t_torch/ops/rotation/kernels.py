@@ -7,9 +7,10 @@ own block. The gradient of the rotations is summed in float32 in a fixed order: 
 program, then across programs by one small reduction. No atomics, so that equal inputs give equal bits.
 """
 
-from __future__ import annotations
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
+# Triton reads annotations and knows tl.constexpr only, so that kernels cannot carry ordinary types.
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -35,13 +36,13 @@ PROGRAMS_PER_PROCESSOR = 4
 
 
 @triton.jit
-def _column(tile: Any, j: tl.constexpr) -> Any:
+def _column(tile, j: tl.constexpr):
     """Return column j of [rows, blocks, 8] with a last axis of one."""
     return tl.sum(tl.where(tl.arange(0, 8)[None, None, :] == j, tile, 0.0), axis=2, keep_dims=True)
 
 
 @triton.jit
-def _rounded(value: Any, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> Any:
+def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """Cast to the nearest value of ``dtype``, ties to even; the interpreter truncates bfloat16 by itself."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -52,14 +53,14 @@ def _rounded(value: Any, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> Any:
 
 @triton.jit
 def forward_kernel(
-    rotation_ptr: Any, x_ptr: Any, y_ptr: Any, rows: Any, blocks: Any, rotation_stride: Any,
+    rotation_ptr, x_ptr, y_ptr, rows, blocks, rotation_stride,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """y[t, k, i] = Σ_j R[k, i, j] x[t, k, j]."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
     i = tl.arange(0, 8)[None, None, :]
     block_in_range = block < blocks
-    columns: Any = ()
+    columns = ()
     for j in tl.static_range(8):
         at = rotation_ptr + block * rotation_stride + i * 8 + j
         columns = columns + (tl.load(at, mask=block_in_range, other=0.0),)  # noqa: RUF005
@@ -76,15 +77,15 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    rotation_ptr: Any, x_ptr: Any, dy_ptr: Any, dx_ptr: Any, partial_ptr: Any, rows: Any, blocks: Any,
-    rotation_stride: Any, ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
-) -> None:  # fmt: skip
+    rotation_ptr, x_ptr, dy_ptr, dx_ptr, partial_ptr, rows, blocks,
+    rotation_stride, ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """dx[t, k, j] = Σ_i R[k, i, j] dy[t, k, i] and this program's share of dR[k, i, j] = Σ_t dy[t, k, i] x[t, k, j]."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
     j = tl.arange(0, 8)[None, None, :]
     block_in_range = block < blocks
-    rotation_rows: Any = ()
-    sums: Any = ()
+    rotation_rows = ()
+    sums = ()
     for i in tl.static_range(8):
         at = rotation_ptr + block * rotation_stride + i * 8 + j
         rotation_rows = rotation_rows + (tl.load(at, mask=block_in_range, other=0.0),)  # noqa: RUF005
@@ -96,7 +97,7 @@ def backward_kernel(
         x = tl.load(x_ptr + offsets, mask=in_range, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offsets, mask=in_range, other=0.0).to(tl.float32)
         dx = tl.zeros([ROWS, BLOCKS, 8], tl.float32)
-        grown: Any = ()
+        grown = ()
         for i in tl.static_range(8):
             dy_i = _column(dy, i)
             dx += rotation_rows[i] * dy_i
