@@ -124,7 +124,8 @@ def _series(X: Tensor, degree: int) -> Tensor:
     X2 = torch.bmm(X, X)
     X3 = torch.bmm(X2, X)
     powers = torch.stack([identity, X, X2, X3]).flatten(1)
-    *lower, total = (_series_coefficients(degree, X.device) @ powers).view(-1, *X.shape)
+    coefficients = _series_coefficients(degree, X.device)
+    *lower, total = (coefficients @ powers).view(len(coefficients), *X.shape)
     for part in reversed(lower):
         total = torch.baddbmm(part, X3, total)
     return total
