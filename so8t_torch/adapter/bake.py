@@ -25,7 +25,7 @@ import torch
 from peft import PeftModel
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from so8t_torch.adapter.config import SO8TConfig
 from so8t_torch.adapter.loading import BAKED, adapter_digest, load_base, read_adapter_config
@@ -189,13 +189,17 @@ def _free_folder(path: str | Path) -> Path:
 
 def _float_base(config: SO8TConfig, base: str | Path | None) -> Any:
     """Return the base with float32 weights: those that training saw, if it saw quantised ones."""
-    if config.quantization:
+    source = base or config.base_model_name_or_path
+    stored_quantized = source is not None and hasattr(AutoConfig.from_pretrained(str(source)), "quantization_config")
+    if config.quantization and not stored_quantized:
         model = load_base(config, base, quantization_config=dict(config.quantization))
+    elif stored_quantized:
+        model = load_base(config, base)
     else:
         model = load_base(config, base, dtype=torch.float32)
     if hasattr(model.config, BAKED):
         raise AdapterError(
-            f"bake: {base or config.base_model_name_or_path} is itself the result of a bake; folding the adapter again "
+            f"bake: {source} is itself the result of a bake; folding the adapter again "
             "would apply it twice. Pass the original model as base."
         )
     if quantization_of(model):

@@ -87,6 +87,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             raise AdapterError(f"module {key!r}: expected a bitsandbytes layer, got {type(module).__name__}.")
         check_not_repacked(key, module)
         model.set_submodule(key, _plain(module, dtype))
+    _forget_quantizer(model)
+
+
+def _forget_quantizer(model: Any) -> None:
+    """Remove what transformers attached when it loaded the model quantised, so that it saves as a plain one."""
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
             delattr(model, attribute)
@@ -95,6 +100,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(model, flag, False)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        # saving would run the quantiser's own conversions backwards, which it cannot
+        model._weight_conversions = [c for c in conversions if not _belongs_to_quantizer(c)]
+
+
+def _belongs_to_quantizer(conversion: Any) -> bool:
+    return any("bitsandbytes" in type(operation).__module__ for operation in getattr(conversion, "operations", ()))
 
 
 def _plain(module: Any, dtype: torch.dtype) -> nn.Linear:

@@ -131,9 +131,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _linear_names(model: nn.Module) -> set[str]:
+def _linear_names(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {key for key, module in _adaptable(model) if _is_linear(_inner(module)) and _inner(module) is not head}
+    return [key for key, module in _adaptable(model) if _is_linear(_inner(module)) and _inner(module) is not head]
 
 
 def _check_linear(key: str, module: nn.Module, field: str) -> None:

@@ -67,6 +67,33 @@ def test_a_baked_checkpoint_is_a_plain_model_with_the_gated_models_logits(
     assert tokenizer("the gate").input_ids == AutoTokenizer.from_pretrained(saved_base)("the gate").input_ids
 
 
+def test_a_checkpoint_that_is_stored_quantised_can_be_the_base(load_base, shake, ids, tmp_path) -> None:
+    quantised = load_base("nf4")
+    quantised.save_pretrained(tmp_path / "nf4")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4"), SO8TConfig(r=2, task_type="CAUSAL_LM")
+    )
+    shake(model, low_rank=0.03).save_pretrained(tmp_path / "adapter")
+    report = bake(tmp_path / "adapter", tmp_path / "baked")
+    assert report.written.max_abs <= report.tolerance
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "baked")
+    assert not hasattr(plain.config, "quantization_config")
+    with torch.no_grad():
+        assert (plain(ids).logits - model.eval()(ids).logits).abs().max() < 1e-4
+
+
+def test_modules_to_save_are_part_of_the_baked_checkpoint(load_base, shake, ids, tmp_path) -> None:
+    model = get_peft_model(load_base(), SO8TConfig(modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    shake(model)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lm_head.modules_to_save" in n).mul_(1.5)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    bake(tmp_path / "adapter", tmp_path / "baked")
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "baked")(ids).logits
+        torch.testing.assert_close(plain, model(ids).logits, rtol=0, atol=1e-5)
+
+
 def test_half_precision_is_written_and_its_error_reported(make_adapter, tmp_path) -> None:
     report = bake(make_adapter(), tmp_path / "baked", dtype="bfloat16")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "baked")

@@ -164,3 +164,23 @@ def test_gates_add_no_saved_tensors_of_activation_size_beyond_the_base_output() 
         layer(x).sum()
     # the input of W and the input of R; autograd of a plain layer followed by any product keeps the same two
     assert len(saved) == 2
+
+
+@pytest.mark.parametrize("train_gates", ["safe", "routed"])
+def test_compiled_layers_give_the_same_values_and_gradients(train_gates) -> None:
+    layer = random_layer(SO8TConfig(r=2, train_gates=train_gates)).train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 5, 24)
+    for rows in ([True, False, False, True], [False, False, False, True]):
+        layer.routes.set(torch.tensor(rows))
+        results = []
+        for run in (layer, compiled):
+            layer.zero_grad(set_to_none=True)
+            y = run(x)
+            y.square().sum().backward()
+            results.append((y.detach(), [p.grad.clone() for p in layer.parameters() if p.grad is not None]))
+        (y, gradients), (z, others) = results
+        torch.testing.assert_close(z, y, rtol=0, atol=1e-6)
+        assert len(gradients) == len(others)
+        for gradient, other in zip(gradients, others, strict=True):
+            torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-5)

@@ -65,7 +65,9 @@ def test_supervised_fine_tuning_moves_gates_and_low_rank_updates(load_base, save
 
     trainer.save_model(str(tmp_path / "adapter"))
     trainer.model.eval()
+    for name, parameter in trainer.model.named_parameters():
+        if "so8t_lora" in name:
+            # on a 4-bit base TRL keeps LoRA in bfloat16; PEFT widens it to float32 when it loads an adapter
+            parameter.data = parameter.data.float()
     again = load_adapter(tmp_path / "adapter", load_base(kind))
-    expected = trainer.model(ids).logits
-    # on a 4-bit base TRL keeps LoRA in bfloat16, which a loaded adapter widens to float32 without loss
-    torch.testing.assert_close(again(ids).logits.float(), expected.float(), rtol=0, atol=1e-2 if kind == "nf4" else 0)
+    assert torch.equal(again(ids).logits, trainer.model(ids).logits)
