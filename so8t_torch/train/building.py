@@ -170,8 +170,14 @@ def records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     return train, read_records(data.eval, data.columns, need_label=need or config.evaluation.triage)
 
 
-def training_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments:
-    """Return the library's arguments; reporting, filtering of NaN and key-value caches are off."""
+def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = True) -> TrainingArguments:
+    """Return the library's arguments; reporting, filtering of NaN and key-value caches are off.
+
+    Args:
+        config: the run.
+        checkpoints: folder for them.
+        first: whether the run begins here; held-out data are then measured before the first step.
+    """
     training, recording = config.training, config.recording
     every, evaluate = config.checkpoint.every_steps, config.evaluation.every_steps
     return TrainingArguments(
@@ -202,6 +208,8 @@ def training_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArgume
         save_total_limit=config.checkpoint.keep,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=evaluate,
+        # Evaluating before training would leave the model unwrapped: processes would not share gradients.
+        eval_on_start=first and (config.data.eval is not None or config.data.scenarios is not None),
         label_names=["labels"],
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -183,10 +183,8 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
 
 def _adapter_contradictions(adapter: AdapterSection) -> Iterator[str]:
     if adapter.r == 0:
-        given = {"lora_target_modules": adapter.lora_target_modules, "rank_pattern": adapter.rank_pattern}
-        given |= {"lora_layers_to_transform": adapter.lora_layers_to_transform, "lora_dropout": adapter.lora_dropout}
-        for name, value in given.items():
-            if value:
+        for name in ("lora_target_modules", "lora_layers_to_transform", "lora_dropout", "rank_pattern"):
+            if getattr(adapter, name):
                 yield f"adapter.{name} needs LoRA, but adapter.r is 0."
         if not adapter.target_modules:
             yield "adapter has neither gates (target_modules is empty) nor LoRA (r is 0): nothing would be trained."

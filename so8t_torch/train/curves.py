@@ -45,8 +45,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 def _line(axis: Axes, rows: Rows, name: str, label: str, **style: Any) -> None:
     points = [(row["step"], row[name]) for row in rows if name in row]
     if points:
-        few = {"marker": "o", "markersize": 3} if len(points) < 40 else {}
-        axis.plot(*zip(*points, strict=True), label=label, linewidth=1.6, **few, **style)
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) < 40 else ""
+        axis.plot(steps, values, label=label, linewidth=1.6, marker=marker, markersize=3, **style)
 
 
 def _legend(axis: Axes, title: str, unit: str) -> None:

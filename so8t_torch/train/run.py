@@ -6,7 +6,6 @@ before and after, the curves and, where asked, the triage report. Under torchrun
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -83,8 +82,8 @@ def run_training(
         counts = trainable_groups(job.model)
         return RunResult(config.output_dir, 0, counts, None, None, None, 0.0, job.model, job.tokenizer)
     folder = RunFolder(config.output_dir)
-    arguments = building.training_arguments(config, folder.checkpoints)
     checkpoint = None if resume is None else folder.checkpoint(resume, config)
+    arguments = building.training_arguments(config, folder.checkpoints, first=checkpoint is None)
     with arguments.main_process_first(desc="the run folder"):
         if arguments.should_save:
             _open(folder, config, checkpoint)
@@ -92,10 +91,10 @@ def run_training(
     trainer = _trainer(config, job, arguments, folder, callbacks)
     if arguments.should_save:
         _note_data(folder, job)
-    before = _held_out_before(trainer, job, folder, resumed=checkpoint is not None)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started
+    before = _held_out_before(trainer)
     after = trainer.evaluate()["eval_lm"] if job.held_out else None
     report = _triage(config, job) if config.evaluation.triage else None
     result = RunResult(
@@ -156,17 +155,9 @@ def _trainer(
     return trainer
 
 
-def _held_out_before(trainer: SO8TTrainer, job: building.Job, folder: RunFolder, *, resumed: bool) -> float | None:
-    """Return the held-out loss of the untrained adapter, which is the base's; a resumed run reads what was written."""
-    if not job.held_out:
-        return None
-    path = folder.evaluation / "language_model.json"
-    if resumed:
-        return json.loads(path.read_text(encoding="utf-8"))["before"] if path.is_file() else None
-    loss = float(trainer.evaluate()["eval_lm"])
-    if trainer.args.should_save:
-        write_json(path, {"before": loss, "after": None, "unit": "nats per supervised token"})
-    return loss
+def _held_out_before(trainer: SO8TTrainer) -> float | None:
+    """Return the held-out loss of the untrained adapter, which is the base's; a checkpoint carries it along."""
+    return next((row["eval_lm"] for row in trainer.state.log_history if row["step"] == 0 and "eval_lm" in row), None)
 
 
 def _triage(config: TrainConfig, job: building.Job) -> TriageReport:

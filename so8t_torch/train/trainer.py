@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
@@ -48,9 +49,11 @@ class SO8TTrainer(Trainer):
         callbacks: further callbacks.
     """
 
+    optimizer: Any
+
     def __init__(
         self,
-        model: nn.Module,
+        model: PeftModel,
         args: TrainingArguments,
         rows: Sequence[Encoded],
         held_out: Sequence[Encoded],
@@ -88,7 +91,14 @@ class SO8TTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the held-out loss; its time does not count as training time."""
+        """Return the held-out loss; its time does not count as training time.
+
+        Raises:
+            TrainingError: several processes, and training has not begun; the library would then never wrap the model,
+                and the processes would train apart without an error.
+        """
+        if self.args.world_size > 1 and self.model_wrapped is self.model:
+            raise TrainingError("With several processes evaluate after train() has begun; set eval_on_start instead.")
         with self._meter.paused():
             return super().evaluate(*args, **kwargs)
 
@@ -208,13 +218,13 @@ def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}
 
 
-def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def decoder_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module]:
     """Return the stack of layers and the output embedding of an adapted causal language model.
 
     Raises:
         TrainingError: the model changes its logits after the head, which the chunked loss does not.
     """
-    plain: Any = model.get_base_model()
+    plain = model.get_base_model()
     for name in LOGIT_TRANSFORMS:
         if getattr(plain.config, name, None) not in (None, 1, 1.0):
             raise TrainingError(f"{type(plain).__name__} applies {name} to its logits; the chunked loss does not.")

@@ -12,7 +12,7 @@ from so8t_torch.adapter import load_adapter
 from so8t_torch.core.errors import ConfigError, TrainingError
 from so8t_torch.train.environment import environment, git_state
 from so8t_torch.train.folder import append_json, read_metrics
-from so8t_torch.train.run import run_training
+from so8t_torch.train.run import evaluate_run, run_training
 
 
 def events(folder):
@@ -215,6 +215,25 @@ def test_lora_alone_and_gates_alone_run(settings, tmp_path):
     gates = {"r": 0, "lora_target_modules": None}
     only = run_training(settings(adapter=gates, output_dir=str(tmp_path / "gates")))
     assert only.trainable == {"gates": 2 * 8 * 28, "lora": 0, "whole modules": 0}
+
+
+def test_triage_is_measured_at_the_end_and_again_from_the_folder(settings, sentences):
+    sections = {"data": {"eval": str(sentences)}, "evaluation": {"triage": True, "batch_size": 4}}
+    result = run_training(settings(**sections))
+    path = result.directory / "eval/triage.json"
+    written = path.read_text()
+    assert written == result.triage.to_json()
+    path.unlink()
+    assert evaluate_run(result.directory).to_json() == written
+    assert path.read_text() == written
+    path.unlink()
+    assert evaluate_run(result.directory, data=sentences).to_json() == written
+    assert not path.exists()
+
+
+def test_a_folder_without_a_finished_run_cannot_be_evaluated(tmp_path):
+    with pytest.raises(ConfigError, match="no finished run here"):
+        evaluate_run(tmp_path)
 
 
 def test_a_number_that_is_not_finite_is_never_written(tmp_path):
