@@ -74,7 +74,7 @@ def energy_streamed(h: Tensor, valid: Tensor, delta: float) -> Tensor:
     batch, length, width = h.shape
     dtype = accumulation_dtype(h.dtype)
     rows = h.new_zeros((batch, max(length - 2, 0)), dtype=dtype)
-    tile, tiles = _tiles(*rows.shape, width)
+    tile, tiles = _tiles(batch, rows.shape[1], width)
     buffer = h.new_empty((*tile, width), dtype=dtype)
     for b, t in tiles:
         bend = buffer[: b.stop - b.start, : t.stop - t.start]
