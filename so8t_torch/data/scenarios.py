@@ -10,6 +10,7 @@ them during training). A state is held out only if the seen states still determi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections import Counter
@@ -93,6 +94,7 @@ RISK: dict[str, dict[str, tuple[str, ...]]] = {
 LANGUAGES: tuple[Language, ...] = ("en", "ja")
 
 
+@functools.cache
 def states() -> tuple[State, ...]:
     """Return the 36 states in a fixed order."""
     return tuple(
@@ -134,10 +136,15 @@ def held_out_states(section: ScenarioSection) -> frozenset[State]:
     Raises:
         ConfigError: no draw leaves every label and scenario in the held-out part.
     """
+    return _draw(section.seed, section.held_out_share)
+
+
+@functools.cache
+def _draw(seed: int, share: float) -> frozenset[State]:
     order = list(states())
-    random.Random(f"states {section.seed}").shuffle(order)
+    random.Random(f"states {seed}").shuffle(order)
     sizes = Counter((state.scenario, decide(state)[0]) for state in order)
-    room = {cell: max(1, round(section.held_out_share * size)) for cell, size in sizes.items()}
+    room = {cell: max(1, round(share * size)) for cell, size in sizes.items()}
     held: set[State] = set()
     for state in order:
         cell = state.scenario, decide(state)[0]
@@ -145,7 +152,7 @@ def held_out_states(section: ScenarioSection) -> frozenset[State]:
             held.add(state)
             room[cell] -= 1
     if {decide(s)[0] for s in held} != set(Label) or {s.scenario for s in held} != set(RULES):
-        raise ConfigError(f"Seed {section.seed} holds out no state of some label or scenario; choose another seed.")
+        raise ConfigError(f"Seed {seed} holds out no state of some label or scenario; choose another seed.")
     return frozenset(held)
 
 

@@ -29,7 +29,7 @@ import torch
 import transformers
 from pydantic import Field
 from rich.progress import Progress
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
@@ -39,7 +39,9 @@ from so8t_torch.data.reading import Exercise, exercises
 from so8t_torch.data.scenarios import ScenarioSection
 from so8t_torch.data.wording import GLOSSARY, QUESTION
 
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+PLAIN_CONTROLS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
+TURN_CONTROLS = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+"""As in Phi-3, a turn's token swallows the line break behind it."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}"
@@ -66,7 +68,7 @@ class ScratchBase(Section):
     reads: Literal["seen", "all"] = Field("seen", description="Whether the exercises cover held-out states and frames.")
     tellings: int = Field(24, ge=1, description="Exercises for each state and frame.")
     single: float = Field(0.5, ge=0, le=1, description="Share of exercises that ask for one fact.")
-    steps: int = Field(400, ge=1)
+    steps: int = Field(450, ge=1)
     batch_size: int = Field(32, ge=1, description="Exercises per step.")
     text_rows: int = Field(4, ge=1, description="Rows of running text per step.")
     text_weight: float = Field(0.5, ge=0)
@@ -121,6 +123,8 @@ def build_base(section: ScratchBase, directory: Path, *, threads: int) -> Path:
         "processor_seconds": round(time.process_time() - processor, 1),
         "threads": threads,
     }
+    # generation stops where a turn ends, as in Phi-3
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|end|>", "<|assistant|>", "<|endoftext|>"])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # written last: a folder with a record is complete
@@ -143,7 +147,10 @@ def build_tokenizer(section: ScratchBase, drawn: Sequence[Exercise], text: Seque
     corpus = [*text[:TOKENIZER_TEXTS], *(part for e in drawn for part in (e.request, e.notes)), *questions]
     trainer = trainers.BpeTrainer(
         vocab_size=section.vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[
+            *(AddedToken(token, special=True, normalized=False) for token in PLAIN_CONTROLS),
+            *(AddedToken(token, special=True, normalized=False, rstrip=True) for token in TURN_CONTROLS),
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -154,7 +161,6 @@ def build_tokenizer(section: ScratchBase, drawn: Sequence[Exercise], text: Seque
         bos_token="<s>",
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|assistant|>", "<|system|>", "<|end|>", "<|user|>"],
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
