@@ -25,7 +25,7 @@ from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded, EncodingReport, encode_records
 from so8t_torch.data.records import Record, read_records
 from so8t_torch.data.scenarios import scenario_records
-from so8t_torch.train.config import AdapterSection, LoadingSection, PretrainedBase, TrainConfig
+from so8t_torch.train.config import AdapterSection, LoadingSection, TrainConfig
 from so8t_torch.train.trainer import check_trainable
 
 
@@ -68,7 +68,7 @@ def build(config: TrainConfig) -> Job:
 def base_source(config: TrainConfig) -> tuple[str, str | None]:
     """Return where the base is read from, and its revision; a base made from scratch is built or reused first."""
     section = config.base
-    if isinstance(section, PretrainedBase):
+    if section.kind == "pretrained":
         local = Path(section.path).expanduser()
         return (str(local.resolve()) if local.is_dir() else section.path), section.revision
     from so8t_torch.train.reading_base import build_base

@@ -18,7 +18,7 @@ from so8t_torch.train import memory
 from so8t_torch.train.building import adapt, base_source, resolve_dtype
 from so8t_torch.train.cards import CUDA_CONTEXT, GIB, HEADROOM, Card, find_card
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.reading_base import ScratchBase, architecture
+from so8t_torch.train.reading_base import architecture
 
 MIB = 1 << 20
 
@@ -109,7 +109,7 @@ def base_configuration(config: TrainConfig) -> PreTrainedConfig:
         ConfigError: neither a local folder nor reachable on the hub.
     """
     section = config.base
-    if isinstance(section, ScratchBase):
+    if section.kind == "scratch":
         return architecture(section, section.vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     source, revision = base_source(config)
     try:

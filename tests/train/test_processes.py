@@ -52,5 +52,6 @@ def test_two_processes_equal_one(settings, sentences, tmp_path):
             assert left[name] == pytest.approx(right[name], rel=1e-5), (left["step"], name)
     weights = [load_file(folder / "adapter/adapter_model.safetensors") for folder in (one.directory, tmp_path / "two")]
     for name, tensor in weights[0].items():
-        assert tensor.sub(weights[1][name]).abs().max() < 1e-4, name
+        # by norm: Adam turns the rounding of a gradient near zero into a visible step of that one number
+        assert tensor.sub(weights[1][name]).norm() <= 1e-3 * tensor.norm(), name
     assert (tmp_path / "two/events.jsonl").read_text().count('"start"') == 1
