@@ -7,6 +7,7 @@ held-out module is ever trained on. The text depends on the Python version, whic
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ HELD_OUT_IN = 20
 _LEFT_OUT = ("test", "tests", "idlelib", "site-packages", "lib2to3", "turtledemo")
 
 
-def documentation_strings(split: Literal["train", "held_out"], root: Path | None = None) -> list[str]:
+@functools.cache
+def documentation_strings(split: Literal["train", "held_out"], root: Path | None = None) -> tuple[str, ...]:
     """Return the documentation strings of a split, in path and line order.
 
     Args:
@@ -39,7 +41,7 @@ def documentation_strings(split: Literal["train", "held_out"], root: Path | None
     texts = [text for path in files if _held_out(path, root) == (split == "held_out") for text in _strings(path)]
     if not texts:
         raise DataError(f"{root}: no documentation string of {SHORTEST} characters or more for the {split} part.")
-    return list(dict.fromkeys(texts))
+    return tuple(dict.fromkeys(texts))
 
 
 def _held_out(path: Path, root: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -29,7 +30,7 @@ def render(comparison: Comparison) -> Group:
     """Return the comparison for a terminal."""
     tables = [
         _table("held-out accuracy [95 % interval, one observation per state]", *_accuracy(comparison)),
-        _table("safety and cost", *_safety(comparison)),
+        _table("all held-out tellings: safety first, then what was written and forgotten", *_safety(comparison)),
         _table("geometry of the gates, angles in radians", *_geometry(comparison.outcomes)),
         comparison.baked.table(),
     ]
@@ -63,16 +64,16 @@ def findings(comparison: Comparison) -> list[str]:
     best, second = ranked[0], ranked[1]
     first, next_one = (o.by_novelty["state"].likelihood.accuracy for o in (best, second))
     ahead, groups = _share(first) - _share(next_one), first.groups
-    gates = by_name["gates"]
+    gates, lora = by_name["gates"], by_name["lora"]
     reading = comparison.base["reading"]
     baked, machine = comparison.baked, comparison.machine
     return [
         f"On unseen states {TITLES[best.name]} leads {TITLES[second.name]} by {ahead:.2f}; with {groups} unseen states "
         f"a difference under about {2 * 0.5 / groups**0.5:.2f} may be chance.",
-        f"Gates alone ({gates.trainable} numbers) fit {_share(gates.fitted.likelihood.accuracy):.2f} of the training "
-        f"tellings and {_share(gates.by_novelty['state'].likelihood.accuracy):.2f} of the unseen states; always "
-        f"{_constant(gates.by_novelty['state'])}. A rotation moves features but adds none: what a base of this size "
-        "has not combined, gates alone do not combine.",
+        f"Gates alone ({gates.trainable:,} numbers) fit {_share(gates.fitted.likelihood.accuracy):.2f} of the training "
+        f"tellings, LoRA ({lora.trainable:,}) {_share(lora.fitted.likelihood.accuracy):.2f}; a constant answer "
+        f"{_constant(gates.fitted)}. A gate turns blocks of eight attention outputs that the base computes anyway: it "
+        "has no way to read a fact that they do not hold.",
         f"The base reads {reading['none']:.2f} of fresh tellings exactly, {reading['state']:.2f} of unseen states, "
         f"{reading['frame']:.2f} of unseen frames, {reading['both']:.2f} of both; it saw no label of any state.",
         f"Folded weights: max |Δlogit| {baked.written.max_abs:.1e} against the gated model (bound "
@@ -156,7 +157,7 @@ def _draw_forgetting(axis: Axes, comparison: Comparison) -> None:
 
 
 def _accuracy(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
-    header = ("variant", "trained numbers", "training", *KINDS.values())
+    header = ("variant", "trained", "training", *KINDS.values())
     rows = [
         (
             TITLES[o.name],
@@ -173,16 +174,15 @@ def _accuracy(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
 
 def _safety(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
     header = (
-        "variant", "unsafe allow", "refuse recall", "over-refusal", "accuracy written", "parse failures",
-        "loss on running text", "seconds",
+        "variant", "unsafe allow", "refuse recall", "over-refusal", "written right", "unparsed", "text loss", "s",
     )  # fmt: skip
     base = comparison.outcomes[0].text_loss
     return header, [
         (
             TITLES[o.name],
-            str(o.triage.likelihood.unsafe_allow_rate),
-            str(o.triage.likelihood.refuse_recall),
-            str(o.triage.likelihood.over_refusal),
+            f"{_share(o.triage.likelihood.unsafe_allow_rate):.2f}",
+            f"{_share(o.triage.likelihood.refuse_recall):.2f}",
+            f"{_share(o.triage.likelihood.over_refusal):.2f}",
             "" if o.triage.generation is None else f"{_share(o.triage.generation.accuracy):.2f}",
             "" if o.triage.generation is None else f"{_share(o.triage.generation.parse_failures):.2f}",
             f"{base:.2f}" if o.name == "base" else f"{base:.2f} → {o.text_loss:.2f}",
@@ -193,15 +193,15 @@ def _safety(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
 
 
 def _geometry(outcomes: Iterable[Outcome]) -> tuple[tuple[str, ...], Rows]:
-    header = ("variant", "gate", "mean angle", "largest angle", "commutator", "orthogonality error")
+    header = ("variant", "gate", "mean angle", "largest", "commutator", "orthogonality")
     return header, [
         (
             TITLES[o.name],
-            name.split("layers.")[-1],
+            name.split("layers.")[-1].replace("self_attn.", ""),
             f"{gate.mean_angle:.2f}",
             f"{gate.max_angle:.2f}",
-            f"{gate.commutator:.1e}",
-            f"{gate.orthogonality_error:.1e}",
+            f"{gate.commutator:.0e}",
+            f"{gate.orthogonality_error:.0e}",
         )
         for o in outcomes
         for name, gate in o.geometry.items()
@@ -219,7 +219,7 @@ def _share(measured: Rate) -> float:
 
 
 def _table(title: str, header: tuple[str, ...], rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:

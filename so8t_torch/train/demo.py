@@ -16,6 +16,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -279,7 +280,9 @@ def _quiet() -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     notices.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
     finally:
         transformers.utils.logging.set_verbosity(before)
         transformers.utils.logging.enable_progress_bar()

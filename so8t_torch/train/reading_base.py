@@ -13,6 +13,7 @@ Cost: 6 N FLOP per token for N parameters.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -72,6 +73,7 @@ class ScratchBase(Section):
     batch_size: int = Field(32, ge=1, description="Exercises per step.")
     text_rows: int = Field(4, ge=1, description="Rows of running text per step.")
     text_weight: float = Field(0.5, ge=0)
+    text_characters: int = Field(4_000_000, ge=10_000, description="Running text beyond this length is left out.")
     lr: float = Field(3e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     seed: int = Field(0, ge=0)
@@ -98,7 +100,7 @@ def build_base(section: ScratchBase, directory: Path, *, threads: int) -> Path:
         ``reading.json`` (settings, reading scores, seconds).
     """
     torch.set_num_threads(threads)
-    text = documentation_strings("train")
+    text = _beginning(documentation_strings("train"), section.text_characters)
     folder = directory / _digest(section, text)
     if (folder / RECORD).is_file():
         return folder
@@ -248,6 +250,12 @@ def _stream(tokenizer: PreTrainedTokenizerFast, text: Sequence[str]) -> Tensor:
     mixed = [part for i, string in enumerate(text) for part in (string, GLOSSARY[i % len(GLOSSARY)])]
     end = tokenizer.eos_token_id
     return torch.tensor([i for ids in tokenizer(mixed, add_special_tokens=False).input_ids for i in (*ids, end)])
+
+
+def _beginning(texts: Sequence[str], characters: int) -> list[str]:
+    """Return the first texts that fit into so many characters."""
+    ends = itertools.accumulate(len(text) for text in texts)
+    return [text for text, end in zip(texts, ends, strict=True) if end <= characters]
 
 
 def _share(step: int, steps: int) -> float:
