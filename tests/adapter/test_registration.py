@@ -61,7 +61,8 @@ from so8t_torch import load_adapter
 expected = torch.load(logits)
 ids = torch.arange(3, 23).reshape(2, 10)
 with torch.no_grad():
-    assert torch.equal(load_adapter(folder)(ids).logits, expected)
+    difference = (load_adapter(folder)(ids).logits - expected).abs().max()
+    assert difference == 0, difference
 """
 
 
