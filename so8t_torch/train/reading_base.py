@@ -126,7 +126,8 @@ def build_base(section: ScratchBase, directory: Path, *, threads: int) -> Path:
         "threads": threads,
     }
     # generation stops where a turn ends, as in Phi-3
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|end|>", "<|assistant|>", "<|endoftext|>"])
+    stops = ["<|end|>", "<|assistant|>", "<|endoftext|>"]
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stops)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # written last: a folder with a record is complete
