@@ -107,10 +107,13 @@ def logarithm(rotation: Float[Tensor, "*batch 8 8"], cut_margin: float = 1e-3) -
 
     Raises:
         ShapeError: the last two axes are not 8 × 8.
-        DomainError: an angle is nearer to π than that, or not a number. Reading it synchronises a device.
+        DomainError: an angle is nearer to π than that, or an entry is not finite. Reading it synchronises a device.
     """
     _check_trailing("logarithm", "rotation", rotation, (8, 8))
-    return charts.logarithm(rotation, cut_margin)
+    if _has_tangent(rotation):
+        charts.away_from_cut(rotation, cut_margin)
+        return charts.logarithm(rotation)
+    return charts.logarithm(autograd.away_from_cut(rotation, cut_margin))
 
 
 def apply(

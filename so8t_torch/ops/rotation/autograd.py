@@ -142,3 +142,23 @@ def _differentiate_adjoint(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]
 
 exponential.register_autograd(_differentiate_exponential, setup_context=_keep_inputs)
 exponential_adjoint.register_autograd(_differentiate_adjoint, setup_context=_keep_inputs)
+
+
+away_from_cut = torch.library.custom_op(
+    "so8t::away_from_cut",
+    charts.away_from_cut,
+    mutates_args=(),
+    schema="(Tensor rotation, float cut_margin) -> Tensor",
+)
+
+
+@away_from_cut.register_fake
+def _(rotation: Tensor, _cut_margin: float) -> Tensor:
+    return torch.empty_like(rotation)
+
+
+def _pass_through(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+away_from_cut.register_autograd(_pass_through)

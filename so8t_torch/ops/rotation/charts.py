@@ -172,11 +172,10 @@ def cayley(coordinates: Tensor) -> Tensor:
     return R.to(coordinates.dtype)
 
 
-def logarithm(rotation: Tensor, cut_margin: float) -> Tensor:
+def logarithm(rotation: Tensor) -> Tensor:
     """Return the principal logarithm: two square roots, then ∫₀¹ (R − I)(I + t(R − I))⁻¹ dt by Gauss–Legendre."""
     R = rotation.double()
     identity = torch.eye(8, dtype=R.dtype, device=R.device)
-    _refuse_cut(R.detach() + identity, cut_margin)
     for _ in range(ROOTS):
         R = _square_root(R)
     E = R - identity
@@ -195,13 +194,20 @@ def _square_root(R: Tensor) -> Tensor:
     return Y
 
 
-def _refuse_cut(shifted: Tensor, cut_margin: float) -> None:
-    """Raise where the smallest singular value of R + I, 2 cos(θ/2), says that an angle is within the margin of π."""
-    smallest = torch.linalg.svdvals(shifted)[..., -1]
-    nearest = float(smallest.min()) if smallest.numel() else 2.0
-    if not nearest > 2 * math.sin(cut_margin / 2):
+def away_from_cut(rotation: Tensor, cut_margin: float) -> Tensor:
+    """Return a copy of the rotations, all of whose angles are at least the margin below π.
+
+    The smallest singular value of R + I is 2 cos(θ/2) at the largest angle θ. Reading it synchronises a device.
+    """
+    R = rotation.detach().double()
+    if not bool(R.isfinite().all()):
+        raise DomainError("logarithm: expected finite rotations, got NaN or infinity; find out where it came from.")
+    singular = torch.linalg.svdvals(R + torch.eye(8, dtype=R.dtype, device=R.device))
+    nearest = float(singular.min()) if singular.numel() else 2.0
+    if nearest <= 2 * math.sin(cut_margin / 2):
         raise DomainError(
             f"logarithm: expected every rotation angle at least cut_margin = {cut_margin:g} rad below π, where the "
             f"principal logarithm is unique; the nearest is {2 * math.asin(min(nearest / 2, 1.0)):.3g} rad below. "
             "Keep the coordinates instead of recovering them, or compose with a small rotation first."
         )
+    return rotation.clone()

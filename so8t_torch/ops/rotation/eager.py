@@ -22,7 +22,7 @@ from torch import Tensor
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.rotation import charts
 
-FEW_ROWS = 32
+FEW_ROWS = 12
 """Below this many rows building block-diagonal matrices costs more than it saves."""
 WIDTH, ROWS = 16, 128
 """Blocks are paired into 16×16 matrices and rows taken 128 at a time: the working set stays in the L2 cache."""
@@ -96,10 +96,12 @@ def _rotate_rows_bfloat16(rotation: Tensor, x: Tensor, finite: bool) -> Tensor:
     R = rotation.mT.float()
     near = R - torch.eye(8)
     lost = near - near.bfloat16().float()
-    one_product = bool(max(lost.norm(dim=-1).max(), lost.norm(dim=-2).max()) <= NEGLIGIBLE)
+    squares, ones = lost.square(), torch.ones(8)
+    one_product = bool(max((squares @ ones).max(), (ones @ squares).max()) <= NEGLIGIBLE**2)
     high = (near if one_product else R).bfloat16()
     high_matrices = _block_diagonal(high, x.shape[1] // 8, BFLOAT16_WIDTH)
-    low_matrices = _block_diagonal((R - high.float()).bfloat16(), x.shape[1] // 8, BFLOAT16_WIDTH)
+    if not one_product:
+        low_matrices = _block_diagonal((R - high.float()).bfloat16(), x.shape[1] // 8, BFLOAT16_WIDTH)
     y = torch.empty_like(x)
     for start in range(0, len(x), BFLOAT16_ROWS):
         rows = slice(start, start + BFLOAT16_ROWS)
@@ -133,7 +135,7 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     rows, channels = tensors[0].shape
     groups = -(-channels // WIDTH)
     wide = accumulation_dtype(tensors[0].dtype)
-    buffers = [torch.zeros(ROWS, groups * WIDTH + ROW_PADDING, dtype=wide) for _ in tensors]
+    buffers = [torch.zeros(min(ROWS, rows), groups * WIDTH + ROW_PADDING, dtype=wide) for _ in tensors]
     for start in range(0, rows, ROWS):
         chunk = slice(start, min(start + ROWS, rows))
         count = chunk.stop - start
