@@ -1,4 +1,4 @@
-"""Gate a small Phi-3, train two steps, fold the gates into plain weights. Run: python examples/adapter_in_ten_lines.py"""
+"""Gate a small Phi-3, train two steps, fold the gates. Run: python examples/adapter_in_ten_lines.py"""
 
 import torch
 from peft import get_peft_model
@@ -22,4 +22,5 @@ gated = model(ids).logits
 for name, gate in model.gate_summary().items():
     print(f"{name}: largest angle {gate.max_angle:.4f} rad, orthogonality error {gate.orthogonality_error:.1e}")
 plain = model.merge_and_unload()
-print(f"folded into {type(plain).__name__}: max |Δlogit| = {float((plain(ids).logits - gated).abs().max().detach()):.1e}")
+error = float((plain(ids).logits - gated).abs().max().detach())
+print(f"folded into {type(plain).__name__}: max |Δlogit| = {error:.1e}")
