@@ -46,11 +46,11 @@ class State:
 class ScenarioSection(Section):
     """Which states and frames are held out, and how many tellings are drawn."""
 
-    seed: int = Field(0, description="Draws the held-out states, the wordings and the places.")
-    held_out_share: float = Field(0.25, gt=0, lt=1, description="Share of the states of each label in each scenario.")
-    held_out_frames: int = Field(1, ge=1, le=5, description="Frames held out per scenario and language, from the end.")
-    train_tellings: int = Field(12, ge=1, description="Tellings of each seen state in each seen frame.")
-    held_out_tellings: int = Field(2, ge=1, description="Tellings of each state and frame in the held-out split.")
+    seed: int = Field(default=0, description="Draws the held-out states, the wordings and the places.")
+    held_out_share: float = Field(default=0.25, gt=0, lt=1, description="Of each label in each scenario.")
+    held_out_frames: int = Field(default=1, ge=1, le=5, description="From the end of each list of frames.")
+    train_tellings: int = Field(default=12, ge=1, description="Tellings of each seen state in each seen frame.")
+    held_out_tellings: int = Field(default=2, ge=1, description="The same in the held-out split.")
 
 
 def _warehouse(state: dict[str, str]) -> tuple[Label, tuple[str, ...]]:

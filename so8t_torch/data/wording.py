@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias
 Language: TypeAlias = Literal["en", "ja"]
 Wordings: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 
-_NEAR_EN = {
+_NEAR_EN: dict[str, tuple[str, ...]] = {
     "yes": ("a person is near", "someone stands near"),
     "no": ("nobody is near", "no one stands near"),
 }
-_NEAR_JA = {
+_NEAR_JA: dict[str, tuple[str, ...]] = {
     "yes": ("のそばに人がいます", "の近くに人が立っています"),
     "no": ("のそばは無人です", "の近くに人はいません"),
 }

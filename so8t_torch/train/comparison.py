@@ -123,7 +123,7 @@ def _draw_accuracy(axis: Axes, comparison: Comparison) -> None:
     for i, report in enumerate(constants):
         if report.majority:
             axis.hlines(report.majority[1], i - 0.45, i + 0.45, colors="black", linestyles=":", linewidth=1.4,
-                        label="always the commonest label" if i == 0 else None)  # fmt: skip
+                        label="always the commonest label" if i == 0 else "_")  # fmt: skip
     axis.set_xticks(range(len(constants)), ["training", *KINDS.values()])
     axis.set_ylim(0, 1.04)
     axis.set_title("accuracy, 95 % interval by state", fontsize=11)

@@ -121,7 +121,8 @@ def run_demo(
 
     console = console or Console()
     output = Path(output)
-    started, clock = time.monotonic(), {}
+    started = time.monotonic()
+    clock: dict[str, float] = {}
     configs = {name: _config(output / name, [*overrides, *changes]) for name, changes in VARIANTS.items()}
     combined = configs[COMBINED]
     if not isinstance(combined.base, ScratchBase) or combined.data.scenarios is None:
@@ -192,11 +193,18 @@ def _train(name: str, config: TrainConfig, base: Outcome) -> Outcome:
     started = time.monotonic()
     result = run_training(config)
     assert result.triage is not None, "the quick start's configuration evaluates triage"
-    losses = (result.held_out_before, result.held_out_after)
-    assert losses[0] is not None, "scenarios bring held-out data"
-    assert losses[1] is not None, "scenarios bring held-out data"
+    before, after = result.held_out_before, result.held_out_after
+    assert before is not None, "scenarios bring held-out data"
+    assert after is not None, "scenarios bring held-out data"
     outcome = _outcome(
-        name, config, result.model, result.tokenizer, result.triage, sum(result.trainable.values()), losses, started
+        name=name,
+        config=config,
+        model=result.model,
+        tokenizer=result.tokenizer,
+        triage=result.triage,
+        trainable=sum(result.trainable.values()),
+        answer_loss=(before, after),
+        started=started,
     )
     changes = {"before": base.text_loss, "after": outcome.text_loss, "unit": "nats per token of held-out docstrings"}
     (config.output_dir / "eval" / "running_text.json").write_text(json.dumps(changes) + "\n", encoding="utf-8")

@@ -61,22 +61,22 @@ class ScratchBase(Section):
     """Size, data and schedule of the base that is built on this machine."""
 
     kind: Literal["scratch"] = "scratch"
-    hidden_size: int = Field(128, ge=32, multiple_of=32)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    vocabulary: int = Field(1536, ge=400)
+    hidden_size: int = Field(default=128, ge=32, multiple_of=32)
+    layers: int = Field(default=3, ge=1)
+    heads: int = Field(default=4, ge=1)
+    vocabulary: int = Field(default=1536, ge=400)
     scenarios: ScenarioSection = ScenarioSection()
-    reads: Literal["seen", "all"] = Field("seen", description="Whether the exercises cover held-out states and frames.")
-    tellings: int = Field(24, ge=1, description="Exercises for each state and frame.")
-    single: float = Field(0.5, ge=0, le=1, description="Share of exercises that ask for one fact.")
-    steps: int = Field(450, ge=1)
-    batch_size: int = Field(32, ge=1, description="Exercises per step.")
-    text_rows: int = Field(4, ge=1, description="Rows of running text per step.")
-    text_weight: float = Field(0.5, ge=0)
-    text_characters: int = Field(4_000_000, ge=10_000, description="Running text beyond this length is left out.")
-    lr: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    seed: int = Field(0, ge=0)
+    reads: Literal["seen", "all"] = Field(default="seen", description="Leave held-out states and frames out?")
+    tellings: int = Field(default=24, ge=1, description="Exercises for each state and frame.")
+    single: float = Field(default=0.5, ge=0, le=1, description="Share of exercises that ask for one fact.")
+    steps: int = Field(default=450, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="Exercises per step.")
+    text_rows: int = Field(default=4, ge=1, description="Rows of running text per step.")
+    text_weight: float = Field(default=0.5, ge=0)
+    text_characters: int = Field(default=4_000_000, ge=10_000, description="Of running text, at most.")
+    lr: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def reading_scores(
     """
     drawn = exercises(section.scenarios, covers="all", tellings=1, single=0.0, seed=section.seed + 1)
     model.eval()
-    scores = {}
+    scores: dict[str, float] = {}
     for novelty in dict.fromkeys(e.novelty for e in drawn):
         chosen = [e for e in drawn if e.novelty == novelty]
         rows = [encode(tokenizer, e) for e in random.Random(section.seed).sample(chosen, min(SCORED, len(chosen)))]
