@@ -42,8 +42,8 @@ def test_two_processes_equal_one(settings, sentences, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # Step 2 begins from weights that step 1's gradients made: losses, norms and the held-out loss after it agree only if
-    # the processes shared those gradients.
+    # Step 2 begins from weights that step 1's gradients made: its loss, its norm and the held-out loss after it agree
+    # only if the processes shared those gradients.
     rows = [read_metrics(folder / "metrics.jsonl") for folder in (one.directory, tmp_path / "two")]
     names = {"loss/lm", "loss/pet", "loss/total", "grad_norm", "supervised_tokens", "eval/lm", "eval/supervised_tokens"}
     for left, right in zip(*rows, strict=True):

@@ -249,3 +249,26 @@ def test_a_file_outside_any_checkout_has_no_commit(tmp_path):
     source.write_text("")
     assert git_state(source) is None
     assert environment(3)["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "nf4"}, {"quantization": "int8"}],
+    ids=["bfloat16", "nf4 in bfloat16", "int8"],
+)
+def test_every_way_of_loading_the_base_trains(settings, sentences, loading):
+    training = {"max_steps": 6, "batch_size": 6, "warmup": 0.0, "gradient_checkpointing": True, "lr": 1e-2}
+    result = run_training(settings(loading=loading, data={"eval": str(sentences)}, training=training))
+    assert result.held_out_after < result.held_out_before
+    kinds = {p.dtype for p in result.model.parameters() if p.requires_grad}
+    assert kinds == {torch.float32}
+
+
+def test_routed_gates_train_both_factors(settings):
+    adapter = {"train_gates": "routed", "r": 0, "lora_target_modules": None}
+    result = run_training(settings(adapter=adapter, training={"max_steps": 4, "batch_size": 6, "warmup": 0.0}))
+    moved = [p.norm() for p in result.model.parameters() if p.requires_grad]
+    assert len(moved) == 4
+    assert min(moved) > 0.1
+    rows = read_metrics(result.directory / "metrics.jsonl")
+    assert rows[-2]["gate/commutator"] > 1e-4
