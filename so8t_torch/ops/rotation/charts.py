@@ -29,17 +29,25 @@ SERIES_DEGREE = {torch.float64: 12, torch.float32: 9}
 """Degree of Taylor's polynomial at norm 1/4: the first term dropped is 2e-18, and 3e-13 for a float32 answer."""
 ADJOINT_TERMS = {torch.float64: 14, torch.float32: 8}
 """Terms of φ at |ad_A| ≤ 1/2: the first one dropped is 5e-17, and 1e-8 for a float32 answer."""
-ROOTS, ROOT_ITERATIONS, LOG_NODES = 2, 16, 12
+ROOTS, ROOT_ITERATIONS = 2, 16
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
+LOG_RULE = tuple((float((t + 1) / 2), float(w / 2)) for t, w in zip(_NODES, _WEIGHTS, strict=True))
+"""Gauss–Legendre nodes and weights on (0, 1)."""
 
 
 @functools.cache
-def _layout(device: torch.device) -> tuple[Tensor, Tensor]:
+def _build_layout(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return where each of the 64 entries finds its value in (a, −a, 0), and where each coordinate sits in 64."""
     row, column = torch.triu_indices(8, 8, offset=1)
     source = torch.full((64,), 56)
     source[row * 8 + column] = torch.arange(28)
     source[column * 8 + row] = torch.arange(28, 56)
     return source.to(device), (row * 8 + column).to(device)
+
+
+@torch.compiler.assume_constant_result
+def _layout(device: torch.device) -> tuple[Tensor, Tensor]:
+    return _build_layout(device)
 
 
 @functools.cache
@@ -179,9 +187,8 @@ def logarithm(rotation: Tensor) -> Tensor:
     for _ in range(ROOTS):
         R = _square_root(R)
     E = R - identity
-    nodes, weights = np.polynomial.legendre.leggauss(LOG_NODES)
     log = torch.zeros_like(R)
-    for t, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+    for t, weight in LOG_RULE:
         log = log + weight * torch.linalg.solve_ex(identity + t * E, E)[0]
     return unskew(2**ROOTS * log).to(rotation.dtype)
 
