@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,51 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.harness import Budget, Law, OpPair, ParityError, Rejection, cases, generate_tests
+from parity_tests.harness import Budget, Law, OpPair, ParityError, cases, generate_tests
 from parity_tests.harness.pair import Carry
-from parity_tests.harness.vocabulary import room_problems
-
-
-def toy_reference(x: Any, weight: Any) -> Any:
-    """Return Σ w x and x w / (1 + |x|²)."""
-    return jnp.sum(weight * x), x * weight / (1 + jnp.sum(x * x))
-
-
-def toy_production(x: torch.Tensor, weight: torch.Tensor) -> Any:
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"expected as many weights as entries ({x.shape[-1]}), got {weight.shape[-1]}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    high, scale = x.to(wide), weight.to(wide)
-    total = (scale * high).sum(-1)
-    return total.to(x.dtype), (high * scale / (1 + (high * high).sum(-1, keepdim=True))).to(x.dtype)
-
-
-def toy_oracle(x: np.ndarray, weight: np.ndarray) -> Any:
-    scale = 1.0 + float(x @ x)
-    return np.asarray(float(weight @ x)), np.array([a * b / scale for a, b in zip(x, weight, strict=True)])
-
-
-def toy_inputs(generator: np.random.Generator, size: Any) -> tuple[np.ndarray, np.ndarray]:
-    return generator.standard_normal(size["n"]) + 1.0, generator.standard_normal(size["n"]) + 2.0
-
-
-def odd_in_weight(f: Callable[..., Any], example: tuple[Any, ...]) -> Any:
-    x, weight = example
-    return f(x, weight)[1] + f(x, -weight)[1]
-
-
-SOUND = OpPair(
-    name="toy.normalised",
-    reference=toy_reference,
-    production=toy_production,
-    oracle=toy_oracle,
-    inputs={"generic": toy_inputs},
-    sizes=({"n": 3}, {"n": 7}),
-    wrt=(0, 1),
-    budget=Budget(forward=4, gradient=16),
-    laws=(Law("odd_in_weight", odd_in_weight, budget=4),),
-    rejections=(Rejection("lengths", lambda: (torch.ones(3), torch.ones(4)), ValueError, "as many weights"),),
-)
+from parity_tests.toy import SOUND, toy_oracle, toy_production, toy_reference
 
 test_sound_toy = generate_tests([SOUND])
 
@@ -417,30 +373,3 @@ def test_complex_gradients_follow_one_convention() -> None:
         budget=Budget(forward=4, gradient=4),
     )
     assert not red(pair)
-
-
-@pytest.fixture
-def rooms(tmp_path: Path) -> Any:
-    left, right = ModuleType("toy"), ModuleType("toy")
-    left.normalised, right.normalised = toy_reference, toy_production  # type: ignore[attr-defined]
-    left.__all__ = right.__all__ = ["normalised"]  # type: ignore[attr-defined]
-    (tmp_path / "toy.md").write_text("derivation")
-    return {"toy": left}, {"toy": right}, tmp_path
-
-
-def test_sound_room(rooms: Any) -> None:
-    left, right, pages = rooms
-    assert room_problems(left, right, [SOUND], pages) == []
-
-
-def test_missing_page_declaration_export_and_room(rooms: Any) -> None:
-    left, right, pages = rooms
-    assert "not declared" in str(room_problems(left, right, [], pages))
-    assert "on one side only" in str(room_problems(left, right | {"extra": left["toy"]}, [SOUND], pages))
-    assert "declared but not exported" in str(
-        room_problems(left, right, [SOUND, dataclasses.replace(SOUND, name="toy.other")], pages)
-    )
-    right["toy"].__all__ = ["normalised", "other"]
-    assert "toy.other is exported on one side only" in room_problems(left, right, [SOUND], pages)
-    (pages / "toy.md").unlink()
-    assert "toy has no page" in str(room_problems(left, right, [SOUND], pages))

@@ -8,7 +8,7 @@ import torch
 from parity_tests import report
 from parity_tests.__main__ import main
 from parity_tests.harness import OpPair
-from parity_tests.test_planted_faults import SOUND, toy_production
+from parity_tests.toy import SOUND, toy_production
 
 
 @pytest.fixture(scope="module")

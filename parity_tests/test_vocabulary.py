@@ -1,6 +1,11 @@
 """Both sides speak one language, everything is declared and derived, and the census holds."""
 
+import dataclasses
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 import so8t_jax.ops
 import so8t_torch.ops
@@ -8,6 +13,7 @@ from parity_tests.harness import census
 from parity_tests.harness.generate import CHECKS
 from parity_tests.harness.vocabulary import room_problems, rooms
 from parity_tests.ops import PAIRS
+from parity_tests.toy import SOUND, toy_production, toy_reference
 
 MATH_PAGES = Path(__file__).parent.parent / "docs" / "math"
 
@@ -25,3 +31,30 @@ def test_every_check_is_collected_once() -> None:
     here = Path(__file__).parent
     text = "".join((here / f"test_{n}.py").read_text() for n in ("values", "gradients", "layout", "laws", "variants"))
     assert {check: text.count(f'"{check}"') for check in CHECKS} == dict.fromkeys(CHECKS, 1)
+
+
+@pytest.fixture
+def toy_rooms(tmp_path: Path) -> Any:
+    left, right = ModuleType("toy"), ModuleType("toy")
+    left.normalised, right.normalised = toy_reference, toy_production  # type: ignore[attr-defined]
+    left.__all__ = right.__all__ = ["normalised"]  # type: ignore[attr-defined]
+    (tmp_path / "toy.md").write_text("derivation")
+    return {"toy": left}, {"toy": right}, tmp_path
+
+
+def test_sound_room(toy_rooms: Any) -> None:
+    left, right, pages = toy_rooms
+    assert room_problems(left, right, [SOUND], pages) == []
+
+
+def test_missing_page_declaration_export_and_room(toy_rooms: Any) -> None:
+    left, right, pages = toy_rooms
+    assert "not declared" in str(room_problems(left, right, [], pages))
+    assert "on one side only" in str(room_problems(left, right | {"extra": left["toy"]}, [SOUND], pages))
+    assert "declared but not exported" in str(
+        room_problems(left, right, [SOUND, dataclasses.replace(SOUND, name="toy.other")], pages)
+    )
+    right["toy"].__all__ = ["normalised", "other"]
+    assert "toy.other is exported on one side only" in room_problems(left, right, [SOUND], pages)
+    (pages / "toy.md").unlink()
+    assert "toy has no page" in str(room_problems(left, right, [SOUND], pages))
