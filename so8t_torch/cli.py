@@ -6,6 +6,7 @@ as soon as it has its first command.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,8 @@ def triage(
 
 def main() -> None:
     """Run the command line; errors that the library raises on purpose are printed without a traceback."""
+    # bitsandbytes announces at import that an optional kernel package is absent; nothing here asks for it
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except SO8TError as error:

@@ -128,7 +128,7 @@ def run_demo(
     if not isinstance(combined.base, ScratchBase) or combined.data.scenarios is None:
         raise ConfigError("The quick start needs a base of kind scratch and data.scenarios.")
     threads = building.thread_count(combined)
-    _clear(output, console)
+    clear(output, console)
     console.print(f"[bold]SO8T quick start[/bold] on {threads} threads, {combined.training.max_steps} steps a variant")
     with _quiet():
         with _timed(clock, "base"):
@@ -167,8 +167,16 @@ def _config(folder: Path, overrides: Sequence[str]) -> TrainConfig:
     return load_config(TrainConfig, CONFIG, [*overrides, f"output_dir={folder}"])
 
 
-def _clear(output: Path, console: Console) -> None:
-    """Remove what an earlier quick start left, and nothing else."""
+def clear(output: Path, console: Console) -> None:
+    """Remove what an earlier quick start left, and nothing else.
+
+    Args:
+        output: folder of the quick start; bases in it stay.
+        console: where each removal is announced.
+
+    Raises:
+        ConfigError: a folder to be replaced holds no run.
+    """
     marks = dict.fromkeys(VARIANTS, "events.jsonl") | {"baked": "so8t/bake.json"}
     for name, mark in marks.items():
         folder = output / name

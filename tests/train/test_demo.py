@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.train.comparison import findings
-from so8t_torch.train.demo import VARIANTS, run_demo
+from so8t_torch.train.demo import VARIANTS, clear, run_demo
 
 TINY = (
     "threads=1",
@@ -98,6 +98,17 @@ def test_a_folder_with_something_else_is_never_removed(shown):
     with pytest.raises(ConfigError, match="holds no run of the quick start"):
         run_demo(folder, overrides=TINY, console=Console(file=io.StringIO()))
     assert (folder / "lora" / "adapter").is_dir()
+
+
+def test_what_an_earlier_quick_start_left_is_replaced_with_a_message_and_the_base_is_kept(tmp_path):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "gates").mkdir()
+    (tmp_path / "gates" / "events.jsonl").write_text("{}")
+    text = io.StringIO()
+    clear(tmp_path, Console(file=text, width=200))
+    assert not (tmp_path / "gates").exists()
+    assert (tmp_path / "bases").is_dir()
+    assert f"replacing {tmp_path / 'gates'}" in text.getvalue().replace("\n", "")
 
 
 def test_a_mistyped_setting_is_answered_before_any_work(tmp_path):
