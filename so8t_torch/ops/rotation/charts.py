@@ -118,24 +118,20 @@ def _squarings(scaled: _Scaled) -> list[Tensor]:
     return chain
 
 
-@functools.cache
-def _series_coefficients(degree: int, device: torch.device) -> Tensor:
-    """Return Taylor's coefficients as rows of four: polynomials in X up to X³, to be joined by powers of X³."""
-    c = [1 / math.factorial(k) for k in range(degree + 1)]
-    rows = [[*c[k : k + 3], 0.0] for k in range(0, degree - 3, 3)]
-    return torch.tensor([*rows, c[-4:]], dtype=torch.float64, device=device)
-
-
 def _series(X: Tensor, degree: int) -> Tensor:
-    """Return Σ_{k≤degree} X^k/k! with degree/3 + 1 products (Paterson and Stockmeyer)."""
-    identity = torch.eye(8, dtype=X.dtype, device=X.device).expand_as(X)
+    """Return Σ_{k≤degree} X^k/k! in degree/3 + 1 products (Paterson and Stockmeyer).
+
+    t_k = I + X/(k+1) + X²/((k+1)(k+2)) + X³ t_{k+3}/((k+1)(k+2)(k+3)) from t_degree = I down to t₀ = exp X.
+    """
+    identity = torch.eye(8, dtype=X.dtype, device=X.device)
     X2 = torch.bmm(X, X)
     X3 = torch.bmm(X2, X)
-    powers = torch.stack([identity, X, X2, X3]).flatten(1)
-    coefficients = _series_coefficients(degree, X.device)
-    *lower, total = (coefficients @ powers).view(len(coefficients), *X.shape)
-    for part in reversed(lower):
-        total = torch.baddbmm(part, X3, total)
+    total = None
+    for k in range(degree - 3, -1, -3):
+        low = torch.add(identity, torch.add(X, X2, alpha=1 / (k + 2)), alpha=1 / (k + 1))
+        share = 1 / ((k + 1) * (k + 2) * (k + 3))
+        total = torch.add(low, X3, alpha=share) if total is None else torch.baddbmm(low, X3, total, alpha=share)
+    assert total is not None
     return total
 
 
