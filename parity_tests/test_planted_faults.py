@@ -16,6 +16,9 @@ from parity_tests.harness.pair import Carry
 from parity_tests.toy import SOUND, toy_oracle, toy_production, toy_reference
 
 test_sound_toy = generate_tests([SOUND])
+test_sound_shared_argument = generate_tests(
+    [dataclasses.replace(SOUND, name="toy.shared", shared=(1,))], ["gradient", "batch", "layout"]
+)
 
 
 def red(pair: OpPair, *checks: str) -> dict[str, str]:
@@ -343,6 +346,16 @@ test_sound_state = generate_tests([_running_sum(broken=False)])
 def test_state_that_is_dropped_between_halves() -> None:
     assert not red(_running_sum(broken=True), "forward")
     assert red(_running_sum(broken=True), "halves")
+
+
+def test_backend_that_is_wrong_in_the_dtypes_it_takes() -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> Any:
+        total, y = toy_production(x, weight)
+        return total * (2 if backend == "doubled" else 1), y
+
+    pair = with_production(wrong, backends=("doubled",), backend_dtypes={"doubled": ("float32",)})
+    assert not red(pair, "forward", "declaration")
+    assert set(red(pair, "backends")) == {f"toy.normalised-backend-doubled-generic-n{n}-float32" for n in (3, 7)}
 
 
 def test_graph_break() -> None:

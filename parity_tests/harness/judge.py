@@ -196,9 +196,10 @@ def _judge_gradient(expected: Expected, gradient: Any) -> Deviation:
 
 
 def rows_of(pair: OpPair, whole: Truth, pick: int | slice) -> Truth:
-    """Return what some examples of a batch must give on their own, without compiling the definition again.
+    """Return what some examples of a batch must give on their own.
 
-    The gradient of a shared argument is that of these rows alone: the cotangents of the others are set to zero.
+    The gradient of a shared argument is that of these rows alone. It is found without compiling the definition for
+    another batch, by setting the cotangents of the other rows to zero, unless zero times an infinity would be NaN.
 
     Args:
         pair: the declaration.
@@ -206,27 +207,27 @@ def rows_of(pair: OpPair, whole: Truth, pick: int | slice) -> Truth:
         pick: which examples; a number drops the batch axis, a slice keeps it.
     """
     keep_axis = isinstance(pick, slice)
+    inputs, cotangents = _cut_inputs(whole.inputs, pick), tuple(c[pick] for c in whole.cotangents)
 
     def cut(e: Expected) -> Expected:
         return dataclasses.replace(e, truth=e.truth[pick], batched=keep_axis) if e.batched else e
 
-    alone = tuple(_only(pick, c) for c in whole.cotangents)
-    exact = reference.gradients(pair, whole.inputs, alone) if whole.gradients else {}
+    exact: Mapping[int, np.ndarray] = {}
+    if any(not e.batched for e in whole.gradients.values()):
+        finite = all(e.truth.size == 0 or np.isfinite(e.truth).all() for e in whole.gradients.values())
+        judged = (whole.inputs, tuple(_only(pick, c) for c in whole.cotangents)) if finite else (inputs, cotangents)
+        exact = reference.gradients(pair, *judged)
     gradients = {
-        position: cut(e if e.batched else dataclasses.replace(e, truth=exact[position]))
+        position: cut(e) if e.batched else dataclasses.replace(e, truth=exact[position])
         for position, e in whole.gradients.items()
     }
-    arguments = tuple(
-        a if axis is None else a[pick] for a, axis in zip(whole.inputs.arguments, whole.inputs.axes, strict=True)
-    )
-    return Truth(
-        whole.dtype,
-        whole.inputs.replace(arguments),
-        tuple(c[pick] for c in whole.cotangents),
-        whole.structure,
-        tuple(cut(e) for e in whole.outputs),
-        gradients,
-    )
+    return Truth(whole.dtype, inputs, cotangents, whole.structure, tuple(cut(e) for e in whole.outputs), gradients)
+
+
+def _cut_inputs(inputs: Inputs, pick: int | slice) -> Inputs:
+    arguments = tuple(a if axis is None else a[pick] for a, axis in zip(inputs.arguments, inputs.axes, strict=True))
+    axes = inputs.axes if isinstance(pick, slice) else (None,) * len(inputs.axes)
+    return dataclasses.replace(inputs, arguments=arguments, axes=axes)
 
 
 def _only(pick: int | slice, cotangent: np.ndarray) -> np.ndarray:

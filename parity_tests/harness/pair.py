@@ -99,6 +99,7 @@ class OpPair:
         rejections: bad calls and the errors they must raise.
         carry: how to cut a stateful op in two, or ``None``.
         backends: production backends besides ``eager`` (for example ``("triton",)``) reached by ``backend=``.
+        backend_dtypes: backend → the dtypes that it takes, where they are fewer than ``dtypes``.
         known_gaps: check name (or the start of a case's name after the pair) → reason; strict xfail.
         masters: positions of arguments that stay float32 when the sweep is at a half dtype.
         returns: dtype of the floating results: that of the ``input``, its ``accumulation`` dtype (float32, or
@@ -127,6 +128,7 @@ class OpPair:
     rejections: tuple[Rejection, ...] = ()
     carry: Carry | None = None
     backends: tuple[str, ...] = ()
+    backend_dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known_gaps: Mapping[str, str] = field(default_factory=dict)
     masters: tuple[int, ...] = ()
     returns: Literal["input", "accumulation", "float64"] = "input"

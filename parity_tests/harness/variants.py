@@ -104,30 +104,30 @@ def backends(pair: OpPair) -> Iterator[Case]:
     named = tuple(dict.fromkeys(("eager", *pair.backends))) if pair.backends else ()
     for backend in named:
         interpreted = backend == "triton"
-        for strategy, size, dtype in _crossed(pair) if interpreted else _wide(pair):
+        dtypes = pair.backend_dtypes.get(backend, pair.dtypes)
+        for strategy, size, dtype in _crossed(pair, dtypes) if interpreted else _wide(pair, dtypes):
             label = f"{backend}-{strategy}-{size_label(size)}-{dtype}"
             body = partial(_backend, pair, backend, strategy, size, dtype, "cpu")
             yield Case(pair, "interpreter" if interpreted else "backend", label, body, interpreted=interpreted)
-    for backend in named:
-        for strategy, size, dtype in _wide(pair):
+        for strategy, size, dtype in _wide(pair, dtypes):
             label = f"{backend}-{strategy}-{size_label(size)}-{dtype}"
             body = partial(_backend, pair, backend, strategy, size, dtype, "cuda")
             yield Case(pair, "cuda", label, body, cuda=True)
 
 
-def _wide(pair: OpPair) -> Iterator[tuple[str, Size, str]]:
+def _wide(pair: OpPair, dtypes: tuple[str, ...]) -> Iterator[tuple[str, Size, str]]:
     """Yield every dtype at every size on the generic input, and every other input at the smallest size."""
     generic, *others = pair.inputs
-    for dtype in pair.dtypes:
+    for dtype in dtypes:
         yield from ((generic, size, dtype) for size in pair.sizes)
         yield from ((strategy, pair.sizes[0], dtype) for strategy in others)
 
 
-def _crossed(pair: OpPair) -> Iterator[tuple[str, Size, str]]:
+def _crossed(pair: OpPair, dtypes: tuple[str, ...]) -> Iterator[tuple[str, Size, str]]:
     """Yield every dtype, every other size and every other input once: an interpreted case takes seconds."""
     generic, *others = pair.inputs
-    dtype = _usual_dtype(pair)
-    yield from ((generic, pair.sizes[0], each) for each in pair.dtypes)
+    dtype = "float32" if "float32" in dtypes else dtypes[0]
+    yield from ((generic, pair.sizes[0], each) for each in dtypes)
     yield from ((generic, size, dtype) for size in pair.sizes[1:])
     yield from ((strategy, pair.sizes[0], dtype) for strategy in others)
 

@@ -404,6 +404,7 @@ PAIRS: tuple[OpPair, ...] = (
         budget=PRODUCT,
         nonfinite=("infinite",),
         backends=("triton",),
+        backend_dtypes={"triton": ("float32", "bfloat16", "float16")},
         laws=(Law("gate", gate_is_dense, 64.0),),
         rejections=(
             *bad_blocks(),
