@@ -5,7 +5,7 @@
 a: coordinates, the strict upper triangle row by row; A ∈ so(8); R ∈ SO(8); ±iθ the eigenvalues of A.
 Everything is computed in float64 and rounded once to the dtype that came in. The derivative of exp is its Fréchet
 adjoint, ∂a = φ(ad_A)(RᵀG − GᵀR) with φ(z) = (eᶻ − 1)/z, one 8×8 product per Taylor term because [A, W] = AW − (AW)ᵀ.
-Cost per block: 5 products of 8×8 for exp, 19 for its adjoint, 1 and 3 more for each halving of the norm.
+Cost per block: 4 to 6 products of 8×8 for exp, 13 to 22 for its adjoint, 1 and 3 more for each halving of the norm.
 Derivation: docs/math/rotation.md
 """
 
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from so8t_torch.core.errors import DomainError
 
-NORM_LIMIT = 0.25
-"""Blocks are halved until |a| ≤ 1/4; the Taylor degrees below are chosen for that norm."""
-DEVICE_HALVINGS = 14
+NORM_LIMIT = 0.5
+"""Blocks are halved until |a| ≤ 1/2; the Taylor degrees below are chosen for that norm."""
+DEVICE_HALVINGS = 13
 """Halvings unrolled where the host must not wait for the norms: a block with |a| > 2¹² comes out NaN there."""
-SERIES_DEGREE = {torch.float64: 12, torch.float32: 9}
-"""Degree of Taylor's polynomial at norm 1/4: the first term dropped is 2e-18, and 3e-13 for a float32 answer."""
-ADJOINT_TERMS = {torch.float64: 14, torch.float32: 8}
-"""Terms of φ at |ad_A| ≤ 1/2: the first one dropped is 5e-17, and 1e-8 for a float32 answer."""
+SERIES_DEGREE = {torch.float64: 15, torch.float32: 9}
+"""Degree of Taylor's polynomial: the first term dropped is 7e-19, and 3e-10 for a float32 answer."""
+ADJOINT_TERMS = {torch.float64: 16, torch.float32: 9}
+"""Terms of φ at |ad_A| ≤ √2·|a|: the first one dropped is 1e-17, and 1e-8 for a float32 answer."""
 ROOTS, ROOT_ITERATIONS = 2, 16
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 LOG_RULE = tuple((float((t + 1) / 2), float(w / 2)) for t, w in zip(_NODES, _WEIGHTS, strict=True))
