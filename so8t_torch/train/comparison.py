@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -71,9 +72,9 @@ def findings(comparison: Comparison) -> list[str]:
         f"On unseen states {TITLES[best.name]} leads {TITLES[second.name]} by {ahead:.2f}; with {groups} unseen states "
         f"a difference under about {2 * 0.5 / groups**0.5:.2f} may be chance.",
         f"Gates alone ({gates.trainable:,} numbers) fit {_share(gates.fitted.likelihood.accuracy):.2f} of the training "
-        f"tellings, LoRA ({lora.trainable:,}) {_share(lora.fitted.likelihood.accuracy):.2f}; a constant answer "
-        f"{_constant(gates.fitted)}. A gate turns blocks of eight attention outputs that the base computes anyway: it "
-        "has no way to read a fact that they do not hold.",
+        f"tellings, LoRA ({lora.trainable:,}) {_share(lora.fitted.likelihood.accuracy):.2f}; always "
+        f"the commonest label {_constant(gates.fitted)}. A gate turns blocks of eight channels that the base's "
+        "attention writes anyway: it cannot bring in a fact that they do not hold.",
         f"The base reads {reading['none']:.2f} of fresh tellings exactly, {reading['state']:.2f} of unseen states, "
         f"{reading['frame']:.2f} of unseen frames, {reading['both']:.2f} of both; it saw no label of any state.",
         f"Folded weights: max |Δlogit| {baked.written.max_abs:.1e} against the gated model (bound "
@@ -138,6 +139,8 @@ def _draw_loss(axis: Axes, comparison: Comparison, runs: Path) -> None:
             points = [(row["step"], row["loss/lm"]) for row in read_metrics(metrics) if row["kind"] == "train"]
             axis.plot(*zip(*points, strict=True), color=COLORS[outcome.name], label=TITLES[outcome.name])
     axis.set_yscale("log")
+    for place in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        place(FormatStrFormatter("%g"))
     axis.set_title("training loss of the answers", fontsize=11)
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("nats per token")
@@ -163,20 +166,19 @@ def _accuracy(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
             TITLES[o.name],
             f"{o.trainable:,}",
             f"{_share(o.fitted.likelihood.accuracy):.2f}",
-            *(str(o.by_novelty[kind].likelihood.accuracy) for kind in KINDS),
+            *(_with_interval(o.by_novelty[kind].likelihood.accuracy) for kind in KINDS),
         )
         for o in comparison.outcomes
     ]
     first = comparison.outcomes[0]
     constant = (_constant(first.fitted), *(_constant(first.by_novelty[kind]) for kind in KINDS))
-    return header, [*rows, ("always one label", "", *constant)]
+    return header, [*rows, ("one label", "", *constant)]
 
 
 def _safety(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
     header = (
-        "variant", "unsafe allow", "refuse recall", "over-refusal", "written right", "unparsed", "text loss", "s",
+        "variant", "unsafe allow", "refuse recall", "over refusal", "written right", "unparsed", "text loss", "seconds",
     )  # fmt: skip
-    base = comparison.outcomes[0].text_loss
     return header, [
         (
             TITLES[o.name],
@@ -185,7 +187,7 @@ def _safety(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
             f"{_share(o.triage.likelihood.over_refusal):.2f}",
             "" if o.triage.generation is None else f"{_share(o.triage.generation.accuracy):.2f}",
             "" if o.triage.generation is None else f"{_share(o.triage.generation.parse_failures):.2f}",
-            f"{base:.2f}" if o.name == "base" else f"{base:.2f} → {o.text_loss:.2f}",
+            f"{o.text_loss:.2f}",
             f"{o.seconds:.0f}",
         )
         for o in comparison.outcomes
@@ -209,7 +211,13 @@ def _geometry(outcomes: Iterable[Outcome]) -> tuple[tuple[str, ...], Rows]:
 
 
 def _constant(report: TriageReport) -> str:
-    return "" if report.majority is None else f"{report.majority[0]}: {report.majority[1]:.2f}"
+    return "" if report.majority is None else f"{report.majority[1]:.2f}"
+
+
+def _with_interval(measured: Rate) -> str:
+    assert measured.interval_by_group is not None, "the quick start's splits are never empty"
+    low, high = (f"{bound:.2f}".lstrip("0") for bound in measured.interval_by_group)
+    return f"{_share(measured):.2f} [{low}–{high}]"
 
 
 def _share(measured: Rate) -> float:
@@ -221,7 +229,7 @@ def _share(measured: Rate) -> float:
 def _table(title: str, header: tuple[str, ...], rows: Rows) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0 or name in KINDS.values())
     for row in rows:
         table.add_row(*row)
     return table

@@ -83,7 +83,7 @@ def test_the_folded_weights_load_as_a_plain_model(shown):
 def test_terminal_markdown_and_picture_show_every_variant(shown):
     folder, comparison, text = shown
     markdown = (folder / "summary.md").read_text()
-    for title in ("base alone", "LoRA", "gates", "LoRA + gates", "always one label"):
+    for title in ("base alone", "LoRA", "gates", "LoRA + gates", "one label"):
         assert title in text
         assert f"| {title} |" in markdown
     assert "unsafe allow" in text
