@@ -34,12 +34,12 @@ def supervised_nll(
     Returns:
         Values in nats, in the order of the supervised positions, and their row indices.
     """
-    targets = labels[:, 1:]
-    learned = targets != IGNORED
-    states = hidden[:, :-1][learned].to(_input_dtype(head, hidden.dtype))
-    parts = zip(states.split(chunk), targets[learned].split(chunk), strict=True)
+    # positions are looked up once: each look-up makes a device wait for the host
+    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    states = hidden[rows, places].to(_input_dtype(head, hidden.dtype))
+    parts = zip(states.split(chunk), labels[rows, places + 1].split(chunk), strict=True)
     nll = [checkpoint(_chunk_nll, s, t, head, use_reentrant=False, preserve_rng_state=False) for s, t in parts]
-    return torch.cat(nll), learned.nonzero()[:, 0]
+    return torch.cat(nll), rows
 
 
 def row_sums(values: Float[Tensor, " n"], rows: Int[Tensor, " n"], count: int) -> Float[Tensor, "b 2"]:

@@ -102,6 +102,23 @@ def test_no_logits_are_kept_between_forward_and_backward():
     assert max(kept) < V * 4
 
 
+def test_the_host_is_asked_once_where_the_supervised_positions_are():
+    """Every look-up of positions makes a device wait; a mask used as an index is a hidden one."""
+
+    class LookUps(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            masks = [i for i in (args[1] if func is torch.ops.aten.index.Tensor else ()) if i is not None]
+            self.count += func is torch.ops.aten.nonzero.default or any(i.dtype == torch.bool for i in masks)
+            return func(*args, **(kwargs or {}))
+
+    hidden, labels, head = example()
+    with LookUps() as seen:
+        supervised_nll(hidden, labels, head, chunk=9)
+    assert seen.count == 1
+
+
 def test_uniform_logits_cost_log_v():
     hidden = torch.zeros(1, 5, D)
     labels = torch.tensor([[-100, 1, 2, 3, 4]])
