@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from so8t_torch.adapter.config import SO8TConfig
-from so8t_torch.adapter.loading import BAKED, adapter_digest, load_base, read_adapter_config
+from so8t_torch.adapter.loading import BAKED, adapter_digest, folded_adapters, load_base, read_adapter_config
 from so8t_torch.adapter.quantized import dequantize, quantization_of
 from so8t_torch.adapter.summary import layers
 from so8t_torch.adapter.verification import (
@@ -132,6 +132,7 @@ def bake(
     config = read_adapter_config(adapter)
     source = str(base or config.base_model_name_or_path)
     model = _float_base(config, base)
+    _refuse_twice(model, adapter, config, source)
     tokenizer = find_tokenizer(adapter, source)
     inputs = encode(prompts, tokenizer, model.config.vocab_size, max_tokens)
 
@@ -149,7 +150,8 @@ def bake(
     for parameter in folded.parameters():
         # parameters alone: rotary tables are buffers that transformers keeps in float32
         parameter.data = parameter.data.to(DTYPES[dtype])
-    setattr(folded.config, BAKED, {"adapter_sha256": adapter_digest(adapter), "dtype": dtype})
+    digests = [*folded_adapters(folded), adapter_digest(adapter)]
+    setattr(folded.config, BAKED, {"adapters_sha256": digests, "dtype": dtype})
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         written = _write(folded, tokenizer, adapter, staging, inputs, reference)
@@ -197,14 +199,21 @@ def _float_base(config: SO8TConfig, base: str | Path | None) -> Any:
         model = load_base(config, base)
     else:
         model = load_base(config, base, dtype=torch.float32)
-    if hasattr(model.config, BAKED):
-        raise AdapterError(
-            f"bake: {source} is itself the result of a bake; folding the adapter again "
-            "would apply it twice. Pass the original model as base."
-        )
     if quantization_of(model):
         dequantize(model, torch.float32)
     return model.float().eval()
+
+
+def _refuse_twice(model: nn.Module, adapter: Path, config: SO8TConfig, source: str) -> None:
+    """Refuse a base that holds this adapter, or that holds others and is not the one this adapter learned on."""
+    folded = folded_adapters(model)
+    own = config.base_model_name_or_path
+    learned_on_it = own is not None and Path(own).absolute() == Path(source).absolute()
+    if folded and (adapter_digest(adapter) in folded or not learned_on_it):
+        raise AdapterError(
+            f"bake: {source} is itself the result of a bake, and this adapter was trained on {own}; folding it here "
+            "would apply an adapter twice. Pass the model it was trained on as base."
+        )
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:

@@ -54,10 +54,19 @@ def load_adapter(
     """
     config = read_adapter_config(path)
     model = base if isinstance(base, nn.Module) else load_base(config, base, **base_arguments)
-    baked = getattr(getattr(model, "config", None), BAKED, None)
-    if baked and (Path(path) / _WEIGHTS).is_file() and baked["adapter_sha256"] == adapter_digest(path):
+    if (Path(path) / _WEIGHTS).is_file() and adapter_digest(path) in folded_adapters(model):
         raise AdapterError(f"{path}: this adapter is already folded into the base; loading it would apply it twice.")
     return PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def folded_adapters(model: nn.Module) -> list[str]:
+    """Return the SHA-256 of every adapter that was folded into this model, in order; empty for any other model.
+
+    Args:
+        model: loaded by transformers.
+    """
+    record = getattr(getattr(model, "config", None), BAKED, None)
+    return [] if record is None else list(record["adapters_sha256"])
 
 
 def adapter_digest(path: str | Path) -> str:
@@ -76,9 +85,17 @@ def read_adapter_config(path: str | Path) -> SO8TConfig:
         path: adapter folder or hub id.
 
     Raises:
-        AdapterError: an unknown key, a number that is not finite, or another method's adapter.
+        AdapterError: no adapter there, an unknown key, a number that is not finite, or another method's adapter.
     """
-    config = SO8TConfig.from_pretrained(str(path))
+    try:
+        config = SO8TConfig.from_pretrained(str(path))
+    except AdapterError:
+        raise
+    except ValueError as error:
+        raise AdapterError(
+            f"{path}: no adapter_config.json can be read there; give the folder that save_pretrained wrote, of a run "
+            f"that is RUN/adapter. The library says: {error}"
+        ) from error
     if not isinstance(config, SO8TConfig):
         raise AdapterError(f"{path}: expected an adapter of the method SO8T, got {config.peft_type}.")
     return config

@@ -67,9 +67,11 @@ def read_prompts(path: str | Path) -> list[str]:
         path: of a UTF-8 file.
 
     Raises:
-        AdapterError: the file holds no prompts.
+        AdapterError: there is no such file, or it holds no prompts.
     """
     path = Path(path)
+    if not path.is_file():
+        raise AdapterError(f"bake: no prompts at {path}; give a JSON or text file, or leave prompts out.")
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".json":
         found: Any = [line.strip() for line in text.splitlines() if line.strip()]

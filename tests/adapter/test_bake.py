@@ -148,6 +148,30 @@ def test_baking_twice_is_refused(make_adapter, tmp_path) -> None:
         load_adapter(adapter, tmp_path / "baked")
 
 
+def test_an_adapter_trained_on_a_baked_model_is_baked_in_turn(make_adapter, shake, ids, tmp_path) -> None:
+    first = make_adapter()
+    bake(first, tmp_path / "baked")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "baked")
+    model = shake(get_peft_model(base, SO8TConfig(task_type="CAUSAL_LM")), seed=2).eval()
+    model.save_pretrained(tmp_path / "second")
+    bake(tmp_path / "second", tmp_path / "twice")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    with torch.no_grad():
+        assert (plain(ids).logits - model(ids).logits).abs().max() < 1e-5
+    for adapter in (first, tmp_path / "second"):
+        with pytest.raises(AdapterError, match="itself the result of a bake"):
+            bake(adapter, tmp_path / "again", base=tmp_path / "twice")
+        with pytest.raises(AdapterError, match="already folded into the base"):
+            load_adapter(adapter, tmp_path / "twice")
+
+
+def test_a_folder_without_an_adapter_or_prompts_is_named(make_adapter, tmp_path) -> None:
+    with pytest.raises(AdapterError, match=r"nothing_here: no adapter_config\.json"):
+        bake(tmp_path / "nothing_here", tmp_path / "baked")
+    with pytest.raises(AdapterError, match=r"no prompts at .*absent\.txt"):
+        bake(make_adapter(), tmp_path / "baked", prompts=tmp_path / "absent.txt")
+
+
 def test_an_output_that_holds_something_is_refused(make_adapter, tmp_path) -> None:
     adapter = make_adapter()
     (tmp_path / "baked").mkdir()
