@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from so8t_torch.core.config import dump_config, load_config
 from so8t_torch.core.errors import SO8TError
@@ -69,7 +70,11 @@ def train(
         return
     from so8t_torch.train.run import run_training
 
-    run_training(settings, resume=resume, dry_run=dry_run)
+    result = run_training(settings, resume=resume, dry_run=dry_run)
+    if result.recorded:
+        Console().print(result.summary(), soft_wrap=True)
+        if result.triage is not None:
+            Console().print(result.triage.table())
 
 
 @app.command(epilog="Example: [bold]so8t plan configs/train/phi35_rtx3060.yaml --card rtx3060-12gb[/bold]")
@@ -162,7 +167,8 @@ def main() -> None:
     try:
         app()
     except SO8TError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        # as plain text: lists and regular expressions in square brackets are not markup
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         raise SystemExit(1) from None
 
 

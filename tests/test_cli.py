@@ -10,6 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from so8t_torch import cli
+from so8t_torch.core.errors import SO8TError
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs/train/quickstart.yaml")
@@ -57,6 +58,19 @@ def test_an_unknown_key_names_the_nearest_one_and_fails_without_a_traceback():
     assert done.returncode == 1
     assert "did you mean 'seed'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_error_with_square_brackets_is_printed_whole(monkeypatch, capsys):
+    text = f'expected {{"texts": [strings]}} or [/end] in {"/deep" * 30}'
+
+    def fail():
+        raise SO8TError(text)
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    assert status.value.code == 1
+    assert capsys.readouterr().err == f"error: {text}\n"
 
 
 def test_a_missing_configuration_is_named():

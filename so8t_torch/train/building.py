@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def build(config: TrainConfig) -> Job:
     source, revision = base_source(config)
     tokenizer = load_tokenizer(source, revision)
     train, held_out = records(config)
-    template = None if config.data.template is None else config.data.template.read_text(encoding="utf-8")
+    template = None if config.data.template is None else read_template(config.data.template)
     options: Any = {"max_length": config.data.max_length, "template": template, "too_long": config.data.too_long}
     rows, report = encode_records(train, tokenizer, **options)
     held_rows, held_report = encode_records(held_out, tokenizer, **options) if held_out else ([], None)
@@ -82,28 +84,57 @@ def thread_count(config: TrainConfig) -> int:
     return config.threads or os.cpu_count() or 1
 
 
+@contextmanager
+def _reading(what: str, source: str) -> Iterator[None]:
+    """Turn the library's error about a missing file into one that names the setting."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"base.path {source!r}: no {what} can be read there. Give a local folder with config.json, the weights and "
+            f"tokenizer.json, or a hub id on a machine with network. The library says: {error}"
+        ) from error
+
+
+def read_template(path: Path) -> str:
+    """Return a chat template.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"data.template: no file at {path}; give a Jinja file, or null for the tokenizer's own.")
+    return path.read_text(encoding="utf-8")
+
+
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
     """Read the tokenizer.
 
     Raises:
         ConfigError: there is no fast tokenizer at ``source``.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    with _reading("tokenizer", source):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     if not tokenizer.is_fast:
         raise ConfigError(f"{source}: a fast tokenizer is needed (character offsets tell the answer from the prompt).")
     return tokenizer
 
 
 def load_model(source: str, revision: str | None, loading: LoadingSection) -> PreTrainedModel:
-    """Read the base in its dtype and quantisation, frozen, without a key-value cache."""
+    """Read the base in its dtype and quantisation, frozen, without a key-value cache.
+
+    Raises:
+        ConfigError: there are no weights at ``source``.
+    """
     dtype = resolve_dtype(loading.dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=quantization(loading, dtype),
-        attn_implementation=loading.attention,
-    )
+    with _reading("model", source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            quantization_config=quantization(loading, dtype),
+            attn_implementation=loading.attention,
+        )
     model.config.use_cache = False
     if loading.quantization != "none" and loading.float32_rest:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

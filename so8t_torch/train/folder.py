@@ -52,14 +52,23 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds something already.
         """
-        if self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError(
-                f"{self.path} is not empty, and a run never writes over another; go on with --resume auto, or choose "
-                "another output_dir."
-            )
+        self.check_free()
         for folder in (self.tensorboard, self.checkpoints, self.adapter, self.logits, self.evaluation):
             folder.mkdir(parents=True)
         self.config.write_text(dump_config(config), encoding="utf-8")
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds something.
+
+        Raises:
+            ConfigError: saying how to go on, which depends on whether there is a checkpoint.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        way = "go on with --resume auto" if self._newest() else "it holds no checkpoint to go on from: remove it"
+        raise ConfigError(
+            f"{self.path} is not empty, and a run never writes over another; {way}, or choose another output_dir."
+        )
 
     def checkpoint(self, resume: str, config: TrainConfig) -> Path:
         """Return the checkpoint to go on from.
@@ -74,7 +83,7 @@ class RunFolder:
         found = self._newest() if resume == "auto" else Path(resume)
         if found is None or not (found / "trainer_state.json").is_file():
             place = self.checkpoints if found is None else found
-            raise ConfigError(f"--resume {resume}: no complete checkpoint at {place}; start without --resume.")
+            raise ConfigError(f"--resume {resume}: no complete checkpoint at {place}; start anew without --resume.")
         if self.config.is_file():
             self._same_run(config)
         return found

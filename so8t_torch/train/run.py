@@ -42,7 +42,8 @@ class RunResult:
     """What a run leaves behind.
 
     ``held_out_before`` and ``held_out_after`` are language-model losses in nats per supervised token, ``None`` without
-    held-out data; ``trainable`` counts numbers by parameter group; ``seconds`` is the training alone.
+    held-out data; ``trainable`` counts numbers by parameter group; ``truncated`` counts training conversations cut at
+    ``data.max_length``; ``seconds`` is the training alone; ``recorded`` says whether this process wrote the folder.
     """
 
     directory: Path
@@ -54,6 +55,22 @@ class RunResult:
     seconds: float
     model: PeftModel = field(repr=False)
     tokenizer: PreTrainedTokenizerFast = field(repr=False)
+    truncated: int = 0
+    recorded: bool = False
+
+    def summary(self) -> str:
+        """Return what happened and where it lies, a line each, ending with the command that folds the adapter."""
+        counts = ", ".join(f"{count:,} in {group}" for group, count in self.trainable.items() if count)
+        lines = [f"{self.steps} steps in {self.seconds:.0f} s; numbers trained: {counts}"]
+        if self.held_out_after is not None:
+            before = "" if self.held_out_before is None else f"{self.held_out_before:.4f} → "
+            lines.append(f"held-out loss {before}{self.held_out_after:.4f} nats per supervised token")
+        if self.truncated:
+            events = self.directory / "events.jsonl"
+            lines.append(f"{self.truncated:,} conversations were cut at data.max_length; {events} names the first ten")
+        lines.append(f"adapter {self.directory / 'adapter'}, curves {self.directory / 'curves.png'}")
+        lines.append(f"next: so8t bake {self.directory / 'adapter'} {self.directory / 'baked'}")
+        return "\n".join(lines)
 
 
 def run_training(
@@ -84,10 +101,10 @@ def run_training(
     folder = RunFolder(config.output_dir)
     checkpoint = None if resume is None else folder.checkpoint(resume, config)
     arguments = building.training_arguments(config, folder.checkpoints, first=checkpoint is None)
+    job = _build(config, arguments, None if checkpoint else folder)
     with arguments.main_process_first(desc="the run folder"):
         if arguments.should_save:
             _open(folder, config, checkpoint)
-    job = building.build(config)
     trainer = _trainer(config, job, arguments, folder, callbacks)
     if arguments.should_save:
         _note_data(folder, job)
@@ -107,10 +124,23 @@ def run_training(
         seconds,
         job.model,
         job.tokenizer,
+        len(job.report.truncated),
+        arguments.should_save,
     )
     if arguments.should_save:
         _close(folder, result)
     return result
+
+
+def _build(config: TrainConfig, arguments: Any, fresh: RunFolder | None) -> building.Job:
+    """Build the job before anything is written, so that settings which cannot be built leave no run folder behind."""
+    if fresh is not None and arguments.should_save:
+        fresh.check_free()
+    if arguments.world_size > 1:
+        # one process builds a base from scratch, the others find it
+        with arguments.main_process_first(desc="the base"):
+            building.base_source(config)
+    return building.build(config)
 
 
 def _open(folder: RunFolder, config: TrainConfig, checkpoint: Path | None) -> None:

@@ -1,6 +1,7 @@
 import importlib.metadata
 import json
 import re
+import shutil
 import struct
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from so8t_torch.adapter import load_adapter
-from so8t_torch.core.errors import ConfigError, TrainingError
+from so8t_torch.core.errors import ConfigError, SO8TError, TrainingError
 from so8t_torch.train.environment import environment, git_state
 from so8t_torch.train.folder import append_json, read_metrics
 from so8t_torch.train.run import evaluate_run, run_training
@@ -157,6 +158,50 @@ def test_a_full_folder_is_never_written_over(settings, tmp_path):
         run_training(settings())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
     assert (tmp_path / "run/precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data": {"train": "absent.jsonl"}}, "absent.jsonl: no such file"),
+        ({"data": {"template": "absent.jinja"}}, "data.template: no file at absent.jinja"),
+        ({"base": {"path": "./absent"}}, r"base.path './absent': no tokenizer can be read there"),
+        ({"adapter": {"lora_target_modules": ["q_proj"]}}, "lora_target_modules: 'q_proj' matches nothing"),
+    ],
+)
+def test_settings_that_cannot_be_built_leave_no_folder_behind(settings, tmp_path, change, named):
+    with pytest.raises(SO8TError, match=named):
+        run_training(settings(**change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_without_weights_is_named(settings, tiny_source, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_source, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ConfigError, match="no model can be read there"):
+        run_training(settings(base={"path": str(bare)}))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_how_to_go_on(settings):
+    with pytest.raises(KeyboardInterrupt):
+        run_training(settings(), callbacks=[StopAfter(1)])
+    with pytest.raises(ConfigError, match="holds no checkpoint to go on from: remove it"):
+        run_training(settings())
+    sections = {"training": {"max_steps": 2}, "checkpoint": {"every_steps": 2}}
+    sections["output_dir"] = str(settings().output_dir / "inner")
+    run_training(settings(**sections))
+    with pytest.raises(ConfigError, match="go on with --resume auto"):
+        run_training(settings(**sections))
+
+
+def test_the_summary_says_what_happened_and_what_comes_next(finished):
+    lines = finished.summary().splitlines()
+    assert lines[0].startswith("6 steps in ")
+    assert lines[0].endswith(f"numbers trained: {2 * 8 * 28} in gates, {3 * 4 * (64 + 128):,} in lora")
+    assert f"{finished.held_out_before:.4f} → {finished.held_out_after:.4f}" in lines[1]
+    cut = next(event for event in events(finished.directory) if event["event"] == "data")["train"]["truncated"]
+    assert lines[2].startswith(f"{cut} conversations were cut")
+    assert lines[-1] == f"next: so8t bake {finished.directory / 'adapter'} {finished.directory / 'baked'}"
 
 
 def test_resume_without_a_checkpoint_says_so(settings, tmp_path):
