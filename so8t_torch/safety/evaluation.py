@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from so8t_torch.adapter.quantized import keep_training_on_cpu
-from so8t_torch.core.errors import DataError
+from so8t_torch.core.errors import DataError, DomainError
 from so8t_torch.data.chat import IGNORED
 from so8t_torch.data.labels import Label, leading_label
 from so8t_torch.data.records import Record
@@ -141,6 +141,7 @@ def evaluate_triage(
 
     Raises:
         DataError: there are no records, or one has no label.
+        DomainError: the likelihoods of a record are not a number; a broken model must not count as deciding.
     """
     if not records:
         raise DataError("There is nothing to evaluate: no records were given.")
@@ -148,6 +149,8 @@ def evaluate_triage(
     texts = [prompt_text(tokenizer, record) for record in records]
     with _evaluating(model):
         likelihoods = _label_likelihoods(model, tokenizer, texts, batch_size)
+        for record, scores in zip(records, likelihoods, strict=True):
+            _check_decidable(record, scores)
         answers = _write(model, tokenizer, texts, batch_size, new_tokens) if generate else [None] * len(texts)
     return TriageReport.of(
         [
@@ -170,6 +173,7 @@ def language_loss(
 
     Raises:
         DataError: no text has a second token to predict.
+        DomainError: the loss is not finite.
     """
     rows = sorted((tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts), key=len)
     total, count = 0.0, sum(max(0, len(row) - 1) for row in rows)
@@ -183,6 +187,8 @@ def language_loss(
             total += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
             ).item()
+    if not math.isfinite(total):
+        raise DomainError(f"language_loss: expected a finite loss, got {total}; the model's weights are damaged.")
     return total / count
 
 
@@ -197,6 +203,15 @@ def _truth(record: Record) -> Label:
     if record.label is None:
         raise DataError(f"{record.source}: a label is needed to evaluate; add one of {', '.join(map(str, Label))}.")
     return record.label
+
+
+def _check_decidable(record: Record, scores: Sequence[float]) -> None:
+    if any(map(math.isnan, scores)) or max(scores) == -math.inf:
+        named = ", ".join(f"{label} {score}" for label, score in zip(Label, scores, strict=True))
+        raise DomainError(
+            f"{record.source or record.group}: expected a log-likelihood for each label, got {named}; the model's "
+            "weights are damaged or its dtype overflows."
+        )
 
 
 @contextmanager
@@ -228,16 +243,19 @@ def _label_likelihoods(model: Any, tokenizer: Any, texts: Sequence[str], batch_s
             wanted.setdefault(row[:-1], set()).update((k, row[k]) for k in range(start, len(row)))
     for first in range(0, len(needed), batch_size):
         batch = needed[first : first + batch_size]
-        log_p = _log_probabilities(model, batch)
-        for i, row in enumerate(batch):
-            for k, token in wanted[row]:
-                scores[row, k, token] = float(log_p[i, k - 1, token])
+        asked = [(i, k, token) for i, row in enumerate(batch) for k, token in wanted[row]]
+        for (i, k, token), score in zip(asked, _log_probabilities(model, batch, asked), strict=True):
+            scores[batch[i], k, token] = score
     return [[math.fsum(scores[row[:-1], k, row[k]] for k in range(start, len(row))) for row, start in p] for p in plans]
 
 
-def _log_probabilities(model: Any, rows: Sequence[Prompt]) -> Tensor:
+def _log_probabilities(model: Any, rows: Sequence[Prompt], asked: Sequence[tuple[int, int, int]]) -> list[float]:
+    """Return log p of the token at place k of row i for each (i, k, token), in one transfer."""
     ids, mask = _padded(rows, model.device)
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    i, k, token = torch.tensor(asked, device=logits.device).unbind(1)
+    log_p: list[float] = logits[i, k - 1].float().log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
+    return log_p
 
 
 def _write(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int, new_tokens: int) -> list[str | None]:

@@ -1,12 +1,13 @@
 """Decisions of a tiny model against likelihoods added up one token at a time."""
 
+import copy
 import json
 
 import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from so8t_torch.core.errors import DataError
+from so8t_torch.core.errors import DataError, DomainError
 from so8t_torch.data.docstrings import documentation_strings
 from so8t_torch.data.labels import Label, leading_label
 from so8t_torch.data.reading import exercises
@@ -124,6 +125,17 @@ def test_nothing_to_evaluate_and_a_missing_label_are_errors(model, tokenizer):
         evaluate_triage(model, tokenizer, [])
     with pytest.raises(DataError, match="here:1: a label is needed"):
         evaluate_triage(model, tokenizer, [Record((Message("user", "?"),), source="here:1")])
+
+
+def test_a_model_that_computes_no_numbers_decides_nothing(model, tokenizer, records):
+    """NaN compares false with everything; taken for a number it would read as ALLOW."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(DomainError, match="log-likelihood for each label, got ALLOW nan"):
+        evaluate_triage(broken, tokenizer, records[:2])
+    with pytest.raises(DomainError, match="expected a finite loss, got nan"):
+        language_loss(broken, tokenizer, ["Return a new list."])
 
 
 def test_language_loss_is_the_mean_over_all_predicted_tokens(model, tokenizer):
