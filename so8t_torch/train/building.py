@@ -211,6 +211,9 @@ def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = 
     """
     training, recording = config.training, config.recording
     every, evaluate = config.checkpoint.every_steps, config.evaluation.every_steps
+    checkpointing: dict[str, Any] = {}
+    if training.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(checkpoints),
         seed=config.seed,
@@ -227,8 +230,9 @@ def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = 
         lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
         warmup_steps=training.warmup,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        # every trainable number is reached in every step (the guard checks the first), so none is searched for
+        ddp_find_unused_parameters=False,
+        **checkpointing,
         logging_steps=recording.every_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,

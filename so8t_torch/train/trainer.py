@@ -74,6 +74,11 @@ class SO8TTrainer(Trainer):
         )
         if self.args.n_gpu > 1:
             raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
+        if self.is_fsdp_enabled:
+            raise TrainingError(
+                "FSDP is not supported: the chunked loss calls the head outside the model, where its weight is still "
+                "in shards. Start with torchrun and without FSDP; a frozen 4-bit base is small enough to be replicated."
+            )
         # The loss below is already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from so8t_torch.core.errors import DataError, TrainingError
 from so8t_torch.train import building
@@ -285,6 +285,18 @@ def test_logits_that_are_capped_after_the_head_are_refused(settings):
     model.get_base_model().config.final_logit_softcapping = 30.0
     with pytest.raises(TrainingError, match="final_logit_softcapping"):
         decoder_and_head(model)
+
+
+def test_sharded_weights_are_refused_with_the_reason(settings, tmp_path, monkeypatch):
+    real = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        real(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(TrainingError, match="FSDP is not supported: the chunked loss"):
+        job_and_trainer(settings(), tmp_path)
 
 
 def test_the_penalty_needs_a_gated_layer(settings):
