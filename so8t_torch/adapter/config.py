@@ -107,7 +107,8 @@ class SO8TConfig(PeftConfig):
 
     def _check_selection(self) -> None:
         if self.r == 0:
-            given = [n for n in ("lora_target_modules", "lora_layers_to_transform", "rank_pattern") if getattr(self, n)]
+            low_rank = ("lora_target_modules", "lora_layers_to_transform", "lora_dropout", "rank_pattern")
+            given = [name for name in low_rank if getattr(self, name)]
             if given:
                 raise ConfigError(f"SO8TConfig: {', '.join(given)} given although r = 0 asks for no LoRA; set r.")
             if not self.has_gates:

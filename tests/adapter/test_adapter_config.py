@@ -33,6 +33,7 @@ def test_a_rank_alone_means_low_rank_updates_on_every_linear_layer() -> None:
         ({"r": 4, "lora_dropout": 1.0}, "lora_dropout < 1"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules given although r = 0"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern given although r = 0"),
+        ({"lora_dropout": 0.1}, "lora_dropout given although r = 0"),
         ({"r": 4, "rank_pattern": {"q_proj": 0}}, "rank of at least 1"),
         ({"target_modules": []}, "nothing to adapt"),
         ({"target_modules": ".*o_proj", "layers_to_transform": [0]}, "layers_to_transform needs a list"),
