@@ -81,7 +81,7 @@ class RunFolder:
             ConfigError: there is no checkpoint, or the settings differ from those the run began with.
         """
         found = self._newest() if resume == "auto" else Path(resume)
-        if found is None or not (found / "trainer_state.json").is_file():
+        if found is None or not _complete(found):
             place = self.checkpoints if found is None else found
             raise ConfigError(f"--resume {resume}: no complete checkpoint at {place}; start anew without --resume.")
         if self.config.is_file():
@@ -92,7 +92,7 @@ class RunFolder:
         complete = {
             int(match[1]): folder
             for folder in self.checkpoints.glob("checkpoint-*")
-            if (match := _CHECKPOINT.fullmatch(folder.name)) and (folder / "trainer_state.json").is_file()
+            if (match := _CHECKPOINT.fullmatch(folder.name)) and _complete(folder)
         }
         return complete[max(complete)] if complete else None
 
@@ -109,6 +109,18 @@ class RunFolder:
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970."""
         append_json(self.events, {"event": kind, "time": round(time.time(), 3), **fields})
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end; the library writes its state last, and not in one piece."""
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return False
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def append_json(path: Path, row: dict[str, Any]) -> None:
