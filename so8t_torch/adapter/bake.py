@@ -192,7 +192,15 @@ def _free_folder(path: str | Path) -> Path:
 def _float_base(config: SO8TConfig, base: str | Path | None) -> Any:
     """Return the base with float32 weights: those that training saw, if it saw quantised ones."""
     source = base or config.base_model_name_or_path
-    stored_quantized = source is not None and hasattr(AutoConfig.from_pretrained(str(source)), "quantization_config")
+    try:
+        stored_quantized = source is not None and hasattr(
+            AutoConfig.from_pretrained(str(source)), "quantization_config"
+        )
+    except OSError as error:
+        raise AdapterError(
+            f"bake: no model can be read at {source}; pass the folder or hub id of the model that the adapter was "
+            f"trained on as base. The library says: {error}"
+        ) from error
     if config.quantization and not stored_quantized:
         model = load_base(config, base, quantization_config=dict(config.quantization))
     elif stored_quantized:
