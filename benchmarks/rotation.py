@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from peft.tuners.oft.layer import Linear as OFTLinear
+from peft import OFTConfig, get_peft_model
 from peft.tuners.oft.layer import OFTRotationModule
 
 from benchmarks.harness import Case, Rival, run
@@ -84,8 +84,10 @@ def exponential_case() -> Case:
 
 def fold_cases() -> Iterator[Case]:
     """Yield folding and unfolding a layer against PEFT's merge and unmerge of the same block structure."""
-    layer = OFTLinear(torch.nn.Linear(WIDTH, WIDTH, bias=False), "a", r=0, oft_block_size=8, use_cayley_neumann=False)
-    torch.nn.init.normal_(layer.oft_R["a"].weight, std=0.025)
+    plain = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH, bias=False))
+    config = OFTConfig(target_modules=["0"], r=0, oft_block_size=8, use_cayley_neumann=False)
+    layer = get_peft_model(plain, config).get_submodule("base_model.model.0")
+    torch.nn.init.normal_(layer.oft_R["default"].weight, std=0.025)
     weight = torch.randn(WIDTH, WIDTH)
     with torch.no_grad():
         rotations = rotation.exponential(0.05 * torch.randn(BLOCKS, 28))
@@ -95,7 +97,7 @@ def fold_cases() -> Iterator[Case]:
         layer.merge()
 
     def unmerge() -> None:
-        layer.merged_adapters[:] = ["a"]
+        layer.merged_adapters[:] = ["default"]
         layer.unmerge()
 
     shape = f"{WIDTH}×{WIDTH}"
