@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -164,6 +165,8 @@ def main() -> None:
     """Run the command line; errors that the library raises on purpose are printed without a traceback."""
     # bitsandbytes announces at import that an optional kernel package is absent; nothing here asks for it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # addressed to the libraries that call transformers, not to whoever types a command
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except SO8TError as error:
