@@ -146,9 +146,8 @@ def test_every_setting_is_read_somewhere():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_file_loads(path):
-    from so8t_torch.train.config import TrainConfig
-
     from so8t_torch.core.config import dump_config, load_config
+    from so8t_torch.train.config import TrainConfig
 
     config = load_config(TrainConfig, path)
     assert dump_config(config)
