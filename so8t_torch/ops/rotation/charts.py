@@ -3,9 +3,9 @@
     A = Σ_{i<j} a_ij (E_ij − E_ji),   exp(A) = Σ A^k/k!,   cayley(A) = (I − A/2)⁻¹ (I + A/2)
 
 a: coordinates, the strict upper triangle row by row; A ∈ so(8); R ∈ SO(8); ±iθ the eigenvalues of A.
-Everything is computed in float64 and rounded once to the dtype that came in. The derivative of exp is its Fréchet
-adjoint, ∂a = φ(ad_A)(RᵀG − GᵀR) with φ(z) = (eᶻ − 1)/z, one 8×8 product per Taylor term because [A, W] = AW − (AW)ᵀ.
-Cost per block: 4 to 6 products of 8×8 for exp, 13 to 22 for its adjoint, 1 and 3 more for each halving of the norm.
+Everything is computed in float64 and rounded once to the dtype that came in. The gradient of exp is its Fréchet
+derivative L(Aᵀ, G) = L(−A, G) = ∫₀¹ e^{−sA} G e^{−(1−s)A} ds, by the product rule along the series for e^{−A}.
+Cost per block: 4 to 6 products of 8×8 for exp, 11 to 17 for its gradient, 1 and 3 more for each halving of the norm.
 Derivation: docs/math/rotation.md
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +26,12 @@ NORM_LIMIT = 0.5
 """Blocks are halved until |a| ≤ 1/2; the Taylor degrees below are chosen for that norm."""
 DEVICE_HALVINGS = 13
 """Halvings unrolled where the host must not wait for the norms: a block with |a| > 2¹² comes out NaN there."""
+UNKNOWN_RANGE = (0, DEVICE_HALVINGS)
 SERIES_DEGREE = {torch.float64: 15, torch.float32: 9}
-"""Degree of Taylor's polynomial: the first term dropped is 7e-19, and 3e-10 for a float32 answer."""
-ADJOINT_TERMS = {torch.float64: 16, torch.float32: 9}
-"""Terms of φ at |ad_A| ≤ √2·|a|: the first one dropped is 1e-17, and 1e-8 for a float32 answer."""
+"""Degree of Taylor's polynomial: the first term dropped is 7e-19, and 3e-10 for a float32 answer.
+
+In the gradient it is 2e-17 and 5e-9.
+"""
 ROOTS, ROOT_ITERATIONS = 2, 16
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 LOG_RULE = tuple((float((t + 1) / 2), float(w / 2)) for t, w in zip(_NODES, _WEIGHTS, strict=True))
@@ -78,30 +81,41 @@ class _Scaled:
     """Generators brought under the norm limit, and how to undo that."""
 
     X: Tensor
+    scale: Tensor
     needed: Tensor
     least: int
     most: int
     answer: torch.dtype
 
-    def where_needed(self, j: int, taken: Tensor, kept: Tensor) -> Tensor:
-        """Return ``taken`` for the blocks that still need their j-th doubling, ``kept`` for the others."""
-        return taken if j < self.least else torch.where((j < self.needed)[:, None, None], taken, kept)
+    def double(
+        self, j: int, step: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Take the step for the blocks that still need their j-th doubling, and keep the tensors of the others."""
+        if j < self.least:
+            return step(*tensors, *others)
+        needed = self.needed > j
+        if (self.least, self.most) == UNKNOWN_RANGE:
+            taken = step(*tensors, *others)
+            return tuple(torch.where(needed[:, None, None], a, b) for a, b in zip(taken, tensors, strict=True))
+        blocks = needed.nonzero().squeeze(1)
+        taken = step(*(tensor.index_select(0, blocks) for tensor in (*tensors, *others)))
+        return tuple(b.index_copy(0, blocks, a) for a, b in zip(taken, tensors, strict=True))
 
 
-def _generators(coordinates: Tensor) -> _Scaled:
-    """Return A (n, 8, 8) halved to the norm limit.
+def _generators(coordinates: Tensor, sign: float = 1.0) -> _Scaled:
+    """Return ±A (n, 8, 8) halved to the norm limit.
 
     The eigenvalues of A come in pairs ±iθ, so that |a|² = ‖A‖_F²/2 = Σ θ² bounds the largest angle.
     """
     a = coordinates.reshape(-1, 28).double()
     needed = (torch.linalg.vector_norm(a.detach(), dim=-1) / NORM_LIMIT).frexp().exponent.clamp(min=0)
-    least, most = _range(needed) if needed.device.type == "cpu" else (0, DEVICE_HALVINGS)
+    least, most = _range(needed) if needed.device.type == "cpu" else UNKNOWN_RANGE
     # torch.ldexp differentiates wrongly with respect to its first argument when the exponent is an integer tensor
-    scale = torch.ldexp(torch.ones_like(needed, dtype=a.dtype), -needed)
+    scale = torch.ldexp(torch.full_like(needed, sign, dtype=a.dtype), -needed)
     scale = scale.masked_fill(needed > most, torch.nan)
     X = ((a * scale[:, None]) @ _basis(a.device)).view(-1, 8, 8)
     answer = torch.float64 if coordinates.dtype == torch.float64 else torch.float32
-    return _Scaled(X, needed, least, most, answer)
+    return _Scaled(X, scale, needed, least, most, answer)
 
 
 def _range(needed: Tensor) -> tuple[int, int]:
@@ -109,30 +123,57 @@ def _range(needed: Tensor) -> tuple[int, int]:
     return (int(needed.min()), int(needed.max())) if needed.numel() else (0, 0)
 
 
-def _squarings(scaled: _Scaled) -> list[Tensor]:
-    """Return exp(X) and its squares: the last one is exp(2^s X), s the number that each block needed."""
-    chain = [_series(scaled.X, SERIES_DEGREE[scaled.answer])]
-    for j in range(scaled.most):
-        R = chain[-1]
-        chain.append(scaled.where_needed(j, torch.bmm(R, R), R))
-    return chain
-
-
 def _series(X: Tensor, degree: int) -> Tensor:
     """Return Σ_{k≤degree} X^k/k! in degree/3 + 1 products (Paterson and Stockmeyer).
 
-    t_k = I + X/(k+1) + X²/((k+1)(k+2)) + X³ t_{k+3}/((k+1)(k+2)(k+3)) from t_degree = I down to t₀ = exp X.
+    t_k = I/k! + X/(k+1)! + X²/(k+2)! + X³ t_{k+3} from t_degree = I/degree! down to t₀ = exp X.
     """
-    identity = torch.eye(8, dtype=X.dtype, device=X.device)
     X2 = torch.bmm(X, X)
     X3 = torch.bmm(X2, X)
-    total = None
-    for k in range(degree - 3, -1, -3):
-        low = torch.add(identity, torch.add(X, X2, alpha=1 / (k + 2)), alpha=1 / (k + 1))
-        share = 1 / ((k + 1) * (k + 2) * (k + 3))
-        total = torch.add(low, X3, alpha=share) if total is None else torch.baddbmm(low, X3, total, alpha=share)
-    assert total is not None
+    total = _three_terms(X, X2, degree - 3).add_(X3, alpha=1 / math.factorial(degree))
+    for k in range(degree - 6, -1, -3):
+        total = _three_terms(X, X2, k).baddbmm_(X3, total)
     return total
+
+
+def _three_terms(X: Tensor, X2: Tensor, k: int) -> Tensor:
+    """Return I/k! + X/(k+1)! + X²/(k+2)!."""
+    constant = torch.eye(8, dtype=X.dtype, device=X.device) / math.factorial(k)
+    return torch.add(constant, X, alpha=1 / math.factorial(k + 1)).add_(X2, alpha=1 / math.factorial(k + 2))
+
+
+def _series_and_derivative(X: Tensor, dX: Tensor, degree: int, alone: bool) -> tuple[Tensor, Tensor]:
+    """Return the series and its derivative along dX, by the product rule on every product of ``_series``.
+
+    ``alone`` says that the derivative alone is wanted; the first tensor is then of no use.
+    """
+    X2, dX2 = _square_and_derivative(X, dX)
+    X3, dX3 = torch.bmm(X2, X), torch.bmm(X2, dX).baddbmm_(dX2, X)
+    share = 1 / math.factorial(degree)
+    total, dtotal = _three_terms(X, X2, degree - 3).add_(X3, alpha=share), _two_terms(dX, dX2, degree - 3)
+    dtotal = dtotal.add_(dX3, alpha=share)
+    for k in range(degree - 6, -1, -3):
+        dtotal = _two_terms(dX, dX2, k).baddbmm_(dX3, total).baddbmm_(X3, dtotal)
+        if k or not alone:
+            total = _three_terms(X, X2, k).baddbmm_(X3, total)
+    return total, dtotal
+
+
+def _two_terms(dX: Tensor, dX2: Tensor, k: int) -> Tensor:
+    """Return dX/(k+1)! + d(X²)/(k+2)!."""
+    return (dX / math.factorial(k + 1)).add_(dX2, alpha=1 / math.factorial(k + 2))
+
+
+def _square(R: Tensor) -> tuple[Tensor]:
+    return (torch.bmm(R, R),)
+
+
+def _square_and_derivative(R: Tensor, dR: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.bmm(R, R), *_derivative_of_square(dR, R)
+
+
+def _derivative_of_square(dR: Tensor, R: Tensor) -> tuple[Tensor]:
+    return (torch.bmm(R, dR).baddbmm_(dR, R),)
 
 
 def exponential(coordinates: Tensor) -> Tensor:
@@ -142,30 +183,33 @@ def exponential(coordinates: Tensor) -> Tensor:
     step R (3I − RᵀR)/2 brings it back to eps.
     """
     scaled = _generators(coordinates)
-    R = _squarings(scaled)[-1]
+    R = _series(scaled.X, SERIES_DEGREE[scaled.answer])
+    for j in range(scaled.most):
+        (R,) = scaled.double(j, _square, (R,))
     if scaled.most and scaled.answer == torch.float64:
-        identity = torch.eye(8, dtype=R.dtype, device=R.device).expand_as(R)
-        polished = torch.bmm(R, torch.baddbmm(identity, R.mT, R, beta=1.5, alpha=-0.5))
-        R = scaled.where_needed(0, polished, R)
+        (R,) = scaled.double(0, _polish, (R,))
     return R.view(*coordinates.shape[:-1], 8, 8).to(coordinates.dtype)
+
+
+def _polish(R: Tensor) -> tuple[Tensor]:
+    identity = torch.eye(8, dtype=R.dtype, device=R.device).expand_as(R)
+    return (torch.bmm(R, torch.baddbmm(identity, R.mT, R, beta=1.5, alpha=-0.5)),)
 
 
 def exponential_adjoint(coordinates: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient with respect to the coordinates, given the one with respect to exp.
 
-    φ(ad_X) W = W + [X, W + [X, W + …]/3]/2 at the scaled X, then φ(2 ad) = (I + Ad_exp) φ(ad)/2 once per halving.
+    At X = −A/2^s the series and its derivative along G/2^s, then (R, dR) → (R², R dR + dR R) once per halving.
     """
-    scaled = _generators(coordinates)
-    *chain, R = _squarings(scaled)
-    M = torch.bmm(R.mT, grad.reshape(-1, 8, 8).double())
-    W = M - M.mT
-    half = W / 2
-    for k in range(ADJOINT_TERMS[scaled.answer], 1, -1):
-        U = torch.baddbmm(half, scaled.X, W, alpha=1 / k)
-        W = U - U.mT
-    for j, S in enumerate(chain):
-        W = scaled.where_needed(j, torch.baddbmm(W, torch.bmm(S, W), S.mT, beta=0.5, alpha=0.5), W)
-    return _upper(W).view(coordinates.shape).to(coordinates.dtype)
+    scaled = _generators(coordinates, sign=-1.0)
+    G = grad.reshape(-1, 8, 8) * scaled.scale.abs()[:, None, None]
+    R, dR = _series_and_derivative(scaled.X, G, SERIES_DEGREE[scaled.answer], alone=scaled.most == 0)
+    for j in range(scaled.most - 1):
+        R, dR = scaled.double(j, _square_and_derivative, (R, dR))
+    if scaled.most:
+        # the last square itself is not needed
+        (dR,) = scaled.double(scaled.most - 1, _derivative_of_square, (dR,), R)
+    return _upper(dR - dR.mT).view(coordinates.shape).to(coordinates.dtype)
 
 
 def cayley(coordinates: Tensor) -> Tensor:
