@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from so8t_torch.adapter.layer import SO8TLayer
+from so8t_torch.adapter.layer import _CHART_FUNCTIONS, SO8TLayer
 from so8t_torch.ops import rotation
 
 _WRAPPING = "base_model.model."
@@ -57,9 +58,20 @@ def rotation_angles(matrix: Float[Tensor, "*batch 8 8"]) -> Float[Tensor, "*batc
     return 2 * squared_sine.clamp(0, 1).sqrt().asin()[..., ::2]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, or, of one in shards over the processes, all of it; then every process has to call.
+
+    Args:
+        tensor: perhaps a ``DTensor``.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def gate_summary(model: nn.Module) -> dict[str, GateSummary]:
     """Return the geometry of every active gate by module name, the same with and without PEFT's wrapping.
+
+    On a model whose weights are in shards every process has to call it.
 
     Args:
         model: wrapped by PEFT, or with injected layers.
@@ -69,7 +81,8 @@ def gate_summary(model: nn.Module) -> dict[str, GateSummary]:
 
 def _summary(layer: SO8TLayer) -> GateSummary:
     name = layer.active_adapters[0]
-    safe, cmd = (factor.cpu() for factor in layer.factors(name))
+    generators = torch.stack([whole(generator) for generator in layer.coordinates(name)])
+    safe, cmd = (factor.cpu() for factor in _CHART_FUNCTIONS[layer.charts[name]](generators))
     total = rotation.compose(safe, cmd)
     angles = rotation_angles(total)
     return GateSummary(
