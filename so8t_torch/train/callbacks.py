@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.train.folder import RunFolder, append_json
 
@@ -79,8 +80,8 @@ class GradientGuard(TrainerCallback):
             _all_reached(trainable, state.global_step + 1)
             self._complete = True
         gradients = [p.grad for p in trainable.values() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            bad = [n for n, p in trainable.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
+            bad = [n for n, p in trainable.items() if p.grad is not None and not torch.isfinite(whole(p.grad)).all()]
             raise TrainingError(
                 f"Step {state.global_step + 1}: the gradient is not finite in {len(bad)} parameters, first {bad[:3]}; "
                 "the weights are those of the step before."

@@ -3,12 +3,18 @@
     nll_n = log Σ_v exp(z_nv) − z_n,y(n),   z_n = W_head h_n
 
 n runs over the positions whose next token is supervised, in chunks of C: at any time one (C, V) block of logits
-exists instead of (B, T, V). Each block is recomputed in the backward pass, so no block is kept either.
+exists instead of (B, T, V). Each block is recomputed in the backward pass, so no block is kept either. It is computed
+where the model calls its head: there a head whose weight is in shards over the processes is whole.
 Symbols: h hidden states after the last norm, V vocabulary, y(n) the next token. Cost: 6 N D V operations with the
 recomputation, memory C V in float32 (float64 for float64).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from so8t_torch.core.errors import TrainingError
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.data.chat import IGNORED
 
@@ -42,6 +49,67 @@ def supervised_nll(
     return torch.cat(nll), rows
 
 
+@dataclass
+class Supervised:
+    """The losses of one forward pass in nats, and the row each stands in; filled when the model calls its head."""
+
+    labels: Int[Tensor, "b t"]
+    states: Mapping[int, Tensor]
+    nll: Tensor | None = None
+    rows: Tensor | None = None
+
+    def result(self) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+        """Return values and rows.
+
+        Raises:
+            TrainingError: the model never called its head.
+        """
+        if self.nll is None or self.rows is None:
+            raise TrainingError("The model's forward pass did not call its output embedding; there is no loss.")
+        return self.nll, self.rows
+
+
+class LossAtHead:
+    """Puts the supervised losses in the place of the head's output, during chosen forward passes.
+
+    Args:
+        head: the model's output embedding.
+        key: under which the states that go into the head are found.
+        chunk: number of positions whose logits exist at once.
+    """
+
+    def __init__(self, head: nn.Module, key: int, *, chunk: int) -> None:
+        self._key, self._chunk = key, chunk
+        self._open: Supervised | None = None
+        # Shards register their own hooks later and see the losses as the head's output: what gathers the weight again
+        # for the backward pass hangs on them.
+        head.register_forward_hook(self._replace)
+
+    @contextmanager
+    def open(self, labels: Int[Tensor, "b t"], states: Mapping[int, Tensor]) -> Iterator[Supervised]:
+        """Collect the losses of the forward pass inside the block.
+
+        Args:
+            labels: token to learn at each position.
+            states: holds the head's whole input by the time it is called.
+        """
+        self._open = Supervised(labels, states)
+        try:
+            yield self._open
+        finally:
+            self._open = None
+
+    def _replace(self, head: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        del inputs
+        if self._open is None:
+            return output
+        hidden = self._open.states[self._key]
+        # the head computes in its own dtype, whatever the model runs in
+        with torch.autocast(hidden.device.type, enabled=False):
+            self._open.nll, self._open.rows = supervised_nll(hidden, self._open.labels, head, chunk=self._chunk)
+        return self._open.nll
+
+
 def row_sums(values: Float[Tensor, " n"], rows: Int[Tensor, " n"], count: int) -> Float[Tensor, "b 2"]:
     """Return, for each of ``count`` rows, the sum of its values and how many there are, in float64."""
     pairs = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)], dim=1)
@@ -49,7 +117,8 @@ def row_sums(values: Float[Tensor, " n"], rows: Int[Tensor, " n"], count: int) -
 
 
 def _chunk_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    logits = head(states)
+    # not a call: the hooks of one count it as another use of the head, and one of them computes this loss
+    logits = head.forward(states)
     return functional.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, reduction="none")
 
 

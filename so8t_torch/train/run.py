@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -31,6 +32,7 @@ from so8t_torch.train.curves import draw_curves
 from so8t_torch.train.dry_run import describe, trainable_groups
 from so8t_torch.train.environment import environment
 from so8t_torch.train.folder import RunFolder, write_json
+from so8t_torch.train.sharding import adapter_state, is_sharded
 from so8t_torch.train.trainer import SO8TTrainer
 
 if TYPE_CHECKING:
@@ -127,8 +129,9 @@ def run_training(
         len(job.report.truncated),
         arguments.should_save,
     )
+    state = adapter_state(job.model) if is_sharded(job.model) else None
     if arguments.should_save:
-        _close(folder, result)
+        _close(folder, result, state)
     return result
 
 
@@ -196,8 +199,8 @@ def _triage(config: TrainConfig, job: building.Job) -> TriageReport:
     return evaluate_triage(job.model, job.tokenizer, job.held_out_records, batch_size=config.evaluation.batch_size)
 
 
-def _close(folder: RunFolder, result: RunResult) -> None:
-    result.model.save_pretrained(folder.adapter)
+def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None) -> None:
+    result.model.save_pretrained(folder.adapter, state_dict=state)
     if result.held_out_after is not None:
         losses = {"before": result.held_out_before, "after": result.held_out_after, "unit": "nats per supervised token"}
         write_json(folder.evaluation / "language_model.json", losses)

@@ -25,9 +25,10 @@ from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
 from so8t_torch.train.config import PenaltySection, TrainingSection
-from so8t_torch.train.loss import row_sums, supervised_nll
+from so8t_torch.train.loss import LossAtHead, row_sums
 from so8t_torch.train.meter import LossMeter, perplexity
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+from so8t_torch.train.sharding import is_sharded, prepare_sharding
 
 LAST_STATES = -1
 """Key under which the tap keeps the states that go into the head."""
@@ -74,18 +75,15 @@ class SO8TTrainer(Trainer):
         )
         if self.args.n_gpu > 1:
             raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
-        if self.is_fsdp_enabled:
-            raise TrainingError(
-                "FSDP is not supported: the chunked loss calls the head outside the model, where its weight is still "
-                "in shards. Start with torchrun and without FSDP; a frozen 4-bit base is small enough to be replicated."
-            )
+        prepare_sharding(self.accelerator, model, training.optimiser)
         # The loss below is already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._training, self._penalty = training, penalty
-        self._decoder, self._head = decoder_and_head(model)
-        layers = gated_layers(self._decoder) if penalty.enabled else {}
-        self._tap = ResidualTap({**layers, LAST_STATES: self._decoder})
+        decoder, head = decoder_and_head(model)
+        layers = gated_layers(decoder) if penalty.enabled else {}
+        self._tap = ResidualTap({**layers, LAST_STATES: decoder})
+        self._at_head = LossAtHead(head, LAST_STATES, chunk=training.loss_chunk)
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
@@ -102,7 +100,8 @@ class SO8TTrainer(Trainer):
             TrainingError: several processes, and training has not begun; the library would then never wrap the model,
                 and the processes would train apart without an error.
         """
-        if self.args.world_size > 1 and self.model_wrapped is self.model:
+        wrapped = self.model_wrapped is not self.model or is_sharded(self.model)
+        if self.args.world_size > 1 and not wrapped:
             raise TrainingError("With several processes evaluate after train() has begun; set eval_on_start instead.")
         with self._meter.paused():
             return super().evaluate(*args, **kwargs)
@@ -160,17 +159,16 @@ class SO8TTrainer(Trainer):
         """Return the supervised losses, the attention mask and the streams after the gated layers."""
         if "routes" in inputs:
             self.model.base_model.set_gate_routes(inputs["routes"])
-        states = self._states(model, inputs)
-        nll, _ = supervised_nll(
-            states.pop(LAST_STATES), inputs["labels"], self._head, chunk=self._training.loss_chunk
-        )
+        (nll, _), states = self._losses(model, inputs)
         return nll, inputs["attention_mask"], list(states.values())
 
-    def _states(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor]]:
+        """Return the supervised losses with their rows, and the streams after the gated layers."""
         names = ("input_ids", "attention_mask", "position_ids")
-        with self._tap.open() as states:
+        with self._tap.open() as states, self._at_head.open(inputs["labels"], states) as losses:
             model(**{name: inputs[name] for name in names}, use_cache=False, logits_to_keep=1)
-        return states
+        del states[LAST_STATES]
+        return losses.result(), states
 
     def _weight(self) -> float:
         if not self._penalty.enabled:
@@ -197,9 +195,8 @@ class SO8TTrainer(Trainer):
         del prediction_loss_only, ignore_keys
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            last = self._states(model, inputs)[LAST_STATES]
-            nll, rows = supervised_nll(last, inputs["labels"], self._head, chunk=self._training.loss_chunk)
-            sums = row_sums(nll, rows, last.shape[0])
+            (nll, rows), _ = self._losses(model, inputs)
+            sums = row_sums(nll, rows, inputs["labels"].shape[0])
         return None, sums, sums[:, 1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from so8t_torch.train.loss import row_sums, supervised_nll
+from so8t_torch.core.errors import TrainingError
+from so8t_torch.train.loss import LossAtHead, row_sums, supervised_nll
 
 B, T, D, V = 3, 40, 16, 512
 
@@ -117,6 +118,34 @@ def test_the_host_is_asked_once_where_the_supervised_positions_are():
     with LookUps() as seen:
         supervised_nll(hidden, labels, head, chunk=9)
     assert seen.count == 1
+
+
+def test_the_head_gives_losses_inside_the_block_and_logits_outside():
+    hidden, labels, head = example()
+    at_head = LossAtHead(head, 7, chunk=9)
+    with at_head.open(labels, {7: hidden}) as losses:
+        output = head(hidden[:, -1:])
+    nll, rows = losses.result()
+    torch.testing.assert_close(nll.sum(), whole(hidden, labels, head), rtol=1e-13, atol=0)
+    assert output is nll
+    assert rows.bincount(minlength=B).tolist() == (labels[:, 1:] != -100).sum(1).tolist()
+    assert head(hidden).shape == (B, T, V)
+
+
+def test_autocast_around_the_model_does_not_round_the_losses():
+    hidden, labels, head = example(torch.float32)
+    at_head = LossAtHead(head, 7, chunk=9)
+    with torch.autocast("cpu", dtype=torch.bfloat16), at_head.open(labels, {7: hidden}) as losses:
+        head(hidden[:, -1:])
+    torch.testing.assert_close(losses.result()[0].sum(), whole(hidden, labels, head), rtol=1e-6, atol=0)
+
+
+def test_a_model_that_skips_its_head_is_named():
+    _, labels, head = example()
+    with LossAtHead(head, 7, chunk=9).open(labels, {}) as losses:
+        pass
+    with pytest.raises(TrainingError, match="did not call its output embedding"):
+        losses.result()
 
 
 def test_uniform_logits_cost_log_v():

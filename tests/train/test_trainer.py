@@ -13,6 +13,7 @@ from so8t_torch.core.errors import DataError, TrainingError
 from so8t_torch.train import building
 from so8t_torch.train.callbacks import GradientGuard
 from so8t_torch.train.penalty import ResidualTap, gated_layers
+from so8t_torch.train.sharding import prepare_sharding
 from so8t_torch.train.trainer import SO8TTrainer, check_groups, check_trainable, decoder_and_head
 
 
@@ -287,15 +288,37 @@ def test_logits_that_are_capped_after_the_head_are_refused(settings):
         decoder_and_head(model)
 
 
-def test_sharded_weights_are_refused_with_the_reason(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("plugin", "training", "reason"),
+    [
+        ({"fsdp_version": 1}, {}, "set FSDP_VERSION=2"),
+        ({"cpu_ram_efficient_loading": True}, {}, "set FSDP_CPU_RAM_EFFICIENT_LOADING=false"),
+        ({}, {"optimiser": "adamw_8bit"}, "optimiser adamw_8bit cannot step on shards"),
+    ],
+)
+def test_shards_that_cannot_work_are_refused(settings, tmp_path, monkeypatch, plugin, training, reason):
     real = Trainer.create_accelerator_and_postprocess
 
     def sharded(self):
         real(self)
-        self.is_fsdp_enabled = True
+        found = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, **plugin}
+        self.accelerator.state.fsdp_plugin = SimpleNamespace(**found)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(TrainingError, match="FSDP is not supported: the chunked loss"):
+    with pytest.raises(TrainingError, match=reason):
+        job_and_trainer(settings(training=training), tmp_path)
+
+
+def test_shards_of_an_8_bit_base_are_refused(settings):
+    model = building.build(settings(loading={"quantization": "int8"})).model
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)
+    with pytest.raises(TrainingError, match="An 8-bit base cannot be cut"):
+        prepare_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model, "adamw_torch")
+
+
+def test_shards_that_accelerate_would_leave_out_are_refused(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match=r"accelerate leaves it off for DistributedType\.NO"):
         job_and_trainer(settings(), tmp_path)
 
 
