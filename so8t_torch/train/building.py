@@ -73,7 +73,7 @@ def base_source(config: TrainConfig) -> tuple[str, str | None]:
     if section.kind == "pretrained":
         local = Path(section.path).expanduser()
         return (str(local.resolve()) if local.is_dir() else section.path), section.revision
-    from so8t_torch.train.reading_base import build_base
+    from so8t_torch.train.scratch import build_base
 
     directory = build_base(section, config.output_dir.parent / "bases", threads=thread_count(config))
     return str(directory.resolve()), None

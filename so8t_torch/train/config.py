@@ -15,7 +15,7 @@ from so8t_torch.core.config import Section
 from so8t_torch.data.chat import TooLong
 from so8t_torch.data.records import Columns
 from so8t_torch.data.scenarios import ScenarioSection
-from so8t_torch.train.reading_base import ScratchBase
+from so8t_torch.train.scratch import ScratchBase
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -37,8 +37,8 @@ from so8t_torch.data.scenarios import ScenarioSection, novelty, scenario_records
 from so8t_torch.safety.evaluation import TriageReport, evaluate_triage, language_loss
 from so8t_torch.train import building
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.reading_base import RECORD, ScratchBase, build_base
 from so8t_torch.train.run import run_training
+from so8t_torch.train.scratch import RECORD, ScratchBase, build_base
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "train" / "quickstart.yaml"
 COMBINED = "lora_gates"

@@ -18,7 +18,7 @@ from so8t_torch.train import memory
 from so8t_torch.train.building import adapt, base_source, resolve_dtype
 from so8t_torch.train.cards import CUDA_CONTEXT, GIB, HEADROOM, Card, find_card
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.reading_base import architecture
+from so8t_torch.train.scratch import architecture
 
 MIB = 1 << 20
 

@@ -14,7 +14,7 @@ from so8t_torch.data.reading import exercises
 from so8t_torch.data.records import Message, Record
 from so8t_torch.data.scenarios import ScenarioSection, scenario_records
 from so8t_torch.safety.evaluation import TriageReport, evaluate_triage, language_loss, prompt_text
-from so8t_torch.train.reading_base import ScratchBase, build_tokenizer
+from so8t_torch.train.scratch import ScratchBase, build_tokenizer
 
 
 @pytest.fixture(scope="module")

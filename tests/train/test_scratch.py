@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM
 
 from so8t_torch.data.chat import marked_template
 from so8t_torch.data.scenarios import ScenarioSection, scenario_records
-from so8t_torch.train.reading_base import LOG, RECORD, ScratchBase, build_base
+from so8t_torch.train.scratch import LOG, RECORD, ScratchBase, build_base
 
 TINY = ScratchBase(
     hidden_size=32, layers=1, vocabulary=600, tellings=1, steps=4, batch_size=8, text_rows=2, text_characters=50_000
