@@ -97,7 +97,10 @@ class _Scaled:
         if (self.least, self.most) == UNKNOWN_RANGE:
             taken = step(*tensors, *others)
             return tuple(torch.where(needed[:, None, None], a, b) for a, b in zip(taken, tensors, strict=True))
-        blocks = needed.nonzero().squeeze(1)
+        blocks, kept = needed.nonzero().squeeze(1), (~needed).nonzero().squeeze(1)
+        if len(kept) < len(blocks):
+            taken = step(*tensors, *others)
+            return tuple(a.index_copy_(0, kept, b.index_select(0, kept)) for a, b in zip(taken, tensors, strict=True))
         taken = step(*(tensor.index_select(0, blocks) for tensor in (*tensors, *others)))
         return tuple(b.index_copy(0, blocks, a) for a, b in zip(taken, tensors, strict=True))
 
@@ -128,18 +131,20 @@ def _series(X: Tensor, degree: int) -> Tensor:
 
     t_k = I/k! + X/(k+1)! + X²/(k+2)! + X³ t_{k+3} from t_degree = I/degree! down to t₀ = exp X.
     """
+    identity = torch.eye(8, dtype=X.dtype, device=X.device)
     X2 = torch.bmm(X, X)
     X3 = torch.bmm(X2, X)
-    total = _three_terms(X, X2, degree - 3).add_(X3, alpha=1 / math.factorial(degree))
+    total = _three_terms(identity, X, X2, degree - 3).add_(X3, alpha=1 / math.factorial(degree))
     for k in range(degree - 6, -1, -3):
-        total = _three_terms(X, X2, k).baddbmm_(X3, total)
+        total = _three_terms(identity, X, X2, k).baddbmm_(X3, total)
     return total
 
 
-def _three_terms(X: Tensor, X2: Tensor, k: int) -> Tensor:
+def _three_terms(identity: Tensor, X: Tensor, X2: Tensor, k: int) -> Tensor:
     """Return I/k! + X/(k+1)! + X²/(k+2)!."""
-    constant = torch.eye(8, dtype=X.dtype, device=X.device) / math.factorial(k)
-    return torch.add(constant, X, alpha=1 / math.factorial(k + 1)).add_(X2, alpha=1 / math.factorial(k + 2))
+    return torch.add(identity / math.factorial(k), X, alpha=1 / math.factorial(k + 1)).add_(
+        X2, alpha=1 / math.factorial(k + 2)
+    )
 
 
 def _series_and_derivative(X: Tensor, dX: Tensor, degree: int, alone: bool) -> tuple[Tensor, Tensor]:
@@ -147,15 +152,16 @@ def _series_and_derivative(X: Tensor, dX: Tensor, degree: int, alone: bool) -> t
 
     ``alone`` says that the derivative alone is wanted; the first tensor is then of no use.
     """
+    identity = torch.eye(8, dtype=X.dtype, device=X.device)
     X2, dX2 = _square_and_derivative(X, dX)
     X3, dX3 = torch.bmm(X2, X), torch.bmm(X2, dX).baddbmm_(dX2, X)
     share = 1 / math.factorial(degree)
-    total, dtotal = _three_terms(X, X2, degree - 3).add_(X3, alpha=share), _two_terms(dX, dX2, degree - 3)
+    total, dtotal = _three_terms(identity, X, X2, degree - 3).add_(X3, alpha=share), _two_terms(dX, dX2, degree - 3)
     dtotal = dtotal.add_(dX3, alpha=share)
     for k in range(degree - 6, -1, -3):
         dtotal = _two_terms(dX, dX2, k).baddbmm_(dX3, total).baddbmm_(X3, dtotal)
         if k or not alone:
-            total = _three_terms(X, X2, k).baddbmm_(X3, total)
+            total = _three_terms(identity, X, X2, k).baddbmm_(X3, total)
     return total, dtotal
 
 
