@@ -136,10 +136,11 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise DataError(f"{source}: key {twice[0]!r} is given twice; keep one.")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise DataError(f"{source}: key {name!r} is given twice; keep one.")
+            seen.add(name)
         return dict(pairs)
 
     def refuse(constant: str) -> None:
@@ -151,6 +152,10 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
         raise DataError(f"{source}: nested deeper than {MAX_DEPTH} levels.") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{source}: not a complete JSON object ({error.msg} at column {error.colno}).") from error
+    except DataError:
+        raise
+    except ValueError as error:  # Python reads no integer of more than some thousand digits
+        raise DataError(f"{source}: a number has too many digits to be read ({error}).") from error
     if not isinstance(row, dict):
         raise DataError(f"{source}: expected a JSON object, got a {type(row).__name__}.")
     _check_values(row, source)

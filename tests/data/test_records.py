@@ -61,6 +61,7 @@ BAD = {
     "NaN": (b'{"question": "a", "answer": "b", "x": NaN}', "NaN is not a JSON number"),
     "minus infinity": (b'{"question": "a", "answer": "b", "x": -Infinity}', "-Infinity is not"),
     "1e999": (b'{"question": "a", "answer": "b", "x": 1e999}', "too large to be finite"),
+    "endless integer": (b'{"question": "a", "answer": "b", "x": ' + b"9" * 5000 + b"}", "too many digits"),
     "array": (b"[1, 2]", "expected a JSON object, got a list"),
     "raw NUL": (b'{"question": "a\x00", "answer": "b"}', "not a complete JSON object"),
     "escaped NUL": (b'{"question": "a\\u0000", "answer": "b"}', "NUL"),
