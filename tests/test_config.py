@@ -1,5 +1,6 @@
 """Reading of configuration sections: what is accepted, and what the errors say."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import pytest
@@ -96,6 +97,33 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_huge_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="bytes"):
         load_config(WholeSection, write(tmp_path / "c.yaml", "#" * (1 << 20) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("? [1]\n: 2", "a key must be a name, got a list"),
+        ("note: 2001-99-99", "month must be in"),
+        ("note: " + "9" * 5000, "limit"),
+        ("note: " + "[" * 5000 + "]" * 5000, "recursion"),
+    ],
+    ids=["list as key", "impossible date", "endless integer", "endless nesting"],
+)
+def test_what_yaml_cannot_build_is_refused(tmp_path, text, reason):
+    with pytest.raises(ConfigError, match=reason):
+        load_config(WholeSection, write(tmp_path / "c.yaml", text))
+    with pytest.raises(ConfigError, match=reason):
+        load_config(WholeSection, None, [f"source={{{text}}}" if text.startswith("?") else text.replace(": ", "=")])
+
+
+def test_aliases_that_multiply_do_not_multiply_the_error_text(tmp_path):
+    levels = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    for inner, outer in pairwise("abcdefghi"):
+        levels.append(f"{outer}: &{outer} [{', '.join(['*' + inner] * 9)}]")
+    with pytest.raises(ConfigError) as caught:
+        load_config(WholeSection, write(tmp_path / "c.yaml", "\n".join([*levels, "note: *i"])))
+    assert "note: " in str(caught.value)
+    assert len(str(caught.value)) < 10_000
 
 
 def test_a_section_cannot_be_changed():

@@ -7,9 +7,10 @@ sections; unknown keys, duplicate keys and unreadable values are errors, all lis
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,13 @@ from so8t_torch.core.errors import ConfigError
 
 MAX_BYTES = 1 << 20
 """A configuration is written by hand; a larger file is a mistake or an attack."""
+
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+"""What the YAML reader raises: bad syntax or bytes, an impossible date or number, nesting without end."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlevel = 3
 
 
 class Section(BaseModel):
@@ -38,6 +46,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: a key must be a name, got a {type(key).__name__}.")
             if key in seen:
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one.")
             seen.add(key)
@@ -84,10 +94,10 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         tree = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable as UTF-8 YAML: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except UNREADABLE as error:
+        raise ConfigError(f"{path} is not readable as UTF-8 YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -101,8 +111,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"An override has the form section.key=value, but got {override!r}.")
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of override {override!r} is not readable as YAML: {error}") from error
+    except ConfigError:
+        raise
+    except UNREADABLE as error:
+        raise ConfigError(f"The value of override {override!r:.80} is not readable as YAML: {error}") from error
     *parents, leaf = name.split(".")
     node = tree
     for parent in parents:
@@ -121,7 +133,7 @@ def _sentence(section: type[Section], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "value_error" and not location:
         return str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']} (got {problem['input']!r})"
+        return f"{where}: {problem['msg']} (got {_SHORT.repr(problem['input']):.400})"
     names = sorted(_names_at(section, location[:-1]))
     near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(names)}"
