@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from so8t_torch.core.errors import BackendError, ConfigError, ShapeError
+from so8t_torch.core.errors import BackendError, ConfigError, DomainError, ShapeError
 from so8t_torch.ops import second_difference as room
 from so8t_torch.ops.second_difference import eager
 
@@ -174,3 +174,27 @@ def test_the_schedule_keeps_a_nan():
     weights = room.schedule_weight(torch.tensor([0.1, torch.nan], dtype=torch.float64))
     assert weights[0] == 0.01
     assert weights[1].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_hidden_states_are_real_floating_numbers(dtype):
+    h = torch.ones(SHAPE).to(dtype)
+    for call in (room.energy, room.second_difference):
+        with pytest.raises(DomainError, match="real floating-point h"):
+            call(h, torch.ones(SHAPE[:2]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "streamed", "eager"])
+def test_a_mask_on_another_device_is_refused(backend):
+    with pytest.raises(DomainError, match="its mask on meta"):
+        room.energy(torch.ones(SHAPE), torch.ones(SHAPE[:2], device="meta"), backend=backend)
+
+
+def test_a_mask_has_an_axis_of_tokens():
+    with pytest.raises(ShapeError, match="one number per token"):
+        room.centres(torch.tensor(1.0))
+
+
+def test_a_schedule_of_whole_numbers_is_refused_not_rounded_to_zero():
+    with pytest.raises(DomainError, match="floating-point tensor"):
+        room.schedule_weight(torch.tensor([0, 1]))

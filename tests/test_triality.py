@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from so8t_torch.core.errors import DomainError, ShapeError
 from so8t_torch.ops import rotation, triality
 
 UPPER = torch.triu_indices(8, 8, 1)
@@ -68,3 +69,19 @@ def test_half_precision_coordinates_still_give_one_group_element():
     coordinates = torch.randn(28, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = triality.representations(coordinates.double())
     assert torch.equal(triality.representations(coordinates), exact.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_dtype_that_cannot_hold_the_result_is_refused(dtype):
+    coordinates, octonion = torch.ones(1, 28).to(dtype), torch.ones(8).to(dtype)
+    for call in (triality.left_spinor, triality.right_spinor, triality.representations):
+        with pytest.raises(DomainError, match="real floating dtype"):
+            call(coordinates)
+    for pair in ((octonion, torch.ones(8)), (torch.ones(8), octonion)):
+        with pytest.raises(DomainError, match="real floating dtype"):
+            triality.octonion_product(*pair)
+
+
+def test_a_number_has_no_channels_to_rotate():
+    with pytest.raises(ShapeError, match="one row of coordinates per 24 channels"):
+        triality.apply(torch.zeros(1, 28), torch.tensor(1.0))

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from so8t_torch.core.errors import ShapeError
+from so8t_torch.core.errors import DomainError, ShapeError
 from so8t_torch.ops import rotation
 
 __all__ = [
@@ -78,6 +78,7 @@ def octonion_product(x: Float[Tensor, "*batch 8"], y: Float[Tensor, "*batch 8"])
 
     Raises:
         ShapeError: the last axis of an argument is not 8.
+        DomainError: the dtype is not real floating.
 
     Numerics: sums of eight products, carried in float64 and rounded once.
     Source: J. Baez, "The octonions", Bull. Amer. Math. Soc. 39 (2002), section 2.
@@ -93,6 +94,7 @@ def octonion_conjugate(x: Float[Tensor, "*batch 8"]) -> Float[Tensor, "*batch 8"
 
     Raises:
         ShapeError: the last axis is not 8.
+        DomainError: the dtype is not real floating.
     """
     _expect_last(x, 8, "octonion_conjugate")
     return torch.cat([x[..., :1], -x[..., 1:]], dim=-1)
@@ -109,6 +111,7 @@ def left_spinor(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batc
 
     Raises:
         ShapeError: the last axis is not 28.
+        DomainError: the dtype is not real floating.
     """
     return _spinor(coordinates, _LEFT, "left_spinor")
 
@@ -124,6 +127,7 @@ def right_spinor(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*bat
 
     Raises:
         ShapeError: the last axis is not 28.
+        DomainError: the dtype is not real floating.
     """
     return _spinor(coordinates, _RIGHT, "right_spinor")
 
@@ -139,6 +143,7 @@ def representations(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*
 
     Raises:
         ShapeError: the last axis is not 28.
+        DomainError: the dtype is not real floating.
 
     Numerics: computed in float64 and rounded once, so the three stay one group element whatever the dtype.
     """
@@ -163,9 +168,10 @@ def apply(
 
     Raises:
         ShapeError: x is not 24 channels wide per row of coordinates.
+        DomainError: the dtype of the coordinates is not real floating.
         BackendError: the backend cannot run this call.
     """
-    if coordinates.ndim != 2 or coordinates.shape[-1] != 28 or x.shape[-1] != 24 * coordinates.shape[0]:
+    if coordinates.ndim != 2 or coordinates.shape[-1] != 28 or x.shape[-1:] != (24 * coordinates.shape[0],):
         raise ShapeError(
             f"triality.apply: expected coordinates (n, 28) and x (..., 24 n), got {tuple(coordinates.shape)} "
             f"and {tuple(x.shape)}; give one row of coordinates per 24 channels."
@@ -180,6 +186,8 @@ def _spinor(coordinates: Tensor, constant: Tensor, name: str) -> Tensor:
 
 
 def _expect_last(x: Tensor, size: int, name: str) -> None:
-    """Raise ShapeError unless the last axis has the given size."""
+    """Raise unless the last axis has the given size and the dtype is real floating, as results keep the dtype."""
     if x.ndim == 0 or x.shape[-1] != size:
         raise ShapeError(f"triality.{name}: expected a last axis of {size}, got shape {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise DomainError(f"triality.{name}: expected a real floating dtype, got {x.dtype}; convert it first.")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
-from so8t_torch.core.errors import ConfigError, ShapeError
+from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.second_difference import autograd, eager
 
@@ -38,7 +38,12 @@ def centres(mask: Shaped[Tensor, "*batch t"]) -> Bool[Tensor, "*batch t"]:
 
     Returns:
         True at t where m_{t−1} = m_t = m_{t+1} ≠ 0; False at both ends.
+
+    Raises:
+        ShapeError: the mask has no axis of tokens.
     """
+    if mask.ndim == 0:
+        raise ShapeError("centres: expected a mask (..., T), got a tensor without axes; give one number per token.")
     return eager.centres(mask)
 
 
@@ -66,6 +71,7 @@ def energy(
 
     Raises:
         ShapeError: mask and h disagree, or h has no channels.
+        DomainError: h is not of a real floating dtype, or its mask is on another device.
         ConfigError: norm or delta is out of range.
         BackendError: the backend cannot run this call.
     """
@@ -100,6 +106,7 @@ def second_difference(
 
     Raises:
         ShapeError: h is not (..., B, T, D), or mask and h disagree.
+        DomainError: h is not of a real floating dtype, or its mask is on another device.
         ConfigError: norm, delta or scale_floor is out of range.
         BackendError: the backend cannot run this call.
     """
@@ -148,9 +155,12 @@ def schedule_weight(
 
     Raises:
         ConfigError: boundaries do not increase within (0, 1), weights do not match them, or a number is NaN.
+        DomainError: a tensor of whole numbers, whose dtype holds no weight.
     """
     _check_schedule(boundaries, weights)
     if isinstance(progress, Tensor):
+        if not progress.is_floating_point():
+            raise DomainError(f"schedule_weight: expected a floating-point tensor, got {progress.dtype}; convert it.")
         return eager.schedule_weight(progress, boundaries, weights)
     if math.isnan(progress):
         raise ConfigError("schedule_weight: expected progress as a fraction of training, got NaN.")
@@ -199,6 +209,10 @@ def _check(h: Tensor, mask: Tensor, norm: str, delta: float) -> None:
             f"second_difference: expected a mask of shape {tuple(h.shape[:-1])} for h of {tuple(h.shape)}, "
             f"got {tuple(mask.shape)}; give one number per token."
         )
+    if not h.is_floating_point():
+        raise DomainError(f"second_difference: expected real floating-point h, got {h.dtype}; convert it first.")
+    if mask.device != h.device:
+        raise DomainError(f"second_difference: h is on {h.device}, its mask on {mask.device}; move the mask.")
     if norm not in ("mean", "sum"):
         raise ConfigError(f"second_difference: expected norm 'mean' or 'sum', got {norm!r}.")
     if not delta >= 0:
