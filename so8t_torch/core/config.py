@@ -47,7 +47,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, Hashable):
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: a key must be a name, got a {type(key).__name__}.")
+                raise ConfigError(
+                    f"line {key_node.start_mark.line + 1}: a key must be a name, got a {type(key).__name__}."
+                )
             if key in seen:
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one.")
             seen.add(key)
