@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from so8t_torch.adapter.config import SO8TConfig
-from so8t_torch.adapter.loading import BAKED, adapter_digest, folded_adapters, load_base, read_adapter_config
+from so8t_torch.adapter.loading import (
+    BAKED,
+    adapter_digest,
+    check_weights_file,
+    folded_adapters,
+    load_base,
+    read_adapter_config,
+)
 from so8t_torch.adapter.quantized import dequantize, quantization_of
 from so8t_torch.adapter.summary import layers
 from so8t_torch.adapter.verification import (
@@ -128,8 +135,12 @@ def bake(
     started = time.perf_counter()
     if dtype not in DTYPES:
         raise AdapterError(f"bake: expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    adapter, output = Path(adapter_dir), _free_folder(output_dir)
+    if max_tokens < 1:
+        raise AdapterError(f"bake: expected max_tokens >= 1, got {max_tokens}.")
+    adapter = Path(adapter_dir)
+    output = _free_folder(output_dir, adapter)
     config = read_adapter_config(adapter)
+    check_weights_file(adapter)
     source = str(base or config.base_model_name_or_path)
     model = _float_base(config, base)
     _refuse_twice(model, adapter, config, source)
@@ -181,11 +192,16 @@ def bake(
     return report
 
 
-def _free_folder(path: str | Path) -> Path:
+def _free_folder(path: str | Path, adapter: Path) -> Path:
     output = Path(path).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AdapterError(f"bake: expected {output} not to exist or to be an empty folder; choose another name.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_relative_to(Path(adapter).absolute()):
+        raise AdapterError(f"bake: {output} lies in the adapter's own folder, of which a copy is written.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(f"bake: {output.parent} cannot be made ({error}); choose another place.") from error
     return output
 
 
@@ -196,7 +212,7 @@ def _float_base(config: SO8TConfig, base: str | Path | None) -> Any:
         stored_quantized = source is not None and hasattr(
             AutoConfig.from_pretrained(str(source)), "quantization_config"
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"bake: no model can be read at {source}; pass the folder or hub id of the model that the adapter was "
             f"trained on as base. The library says: {error}"

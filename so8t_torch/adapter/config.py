@@ -11,8 +11,10 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -76,6 +78,7 @@ class SO8TConfig(PeftConfig):
     quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         if self.target_modules is None:
@@ -91,6 +94,29 @@ class SO8TConfig(PeftConfig):
     def has_gates(self) -> bool:
         """Whether any module is asked to have a gate."""
         return bool(self.target_modules)
+
+    def _check_types(self) -> None:
+        _expect("r", self.r, _is_whole(self.r), "a whole number")
+        _expect("shared", self.shared, isinstance(self.shared, bool), "true or false")
+        for name in ("lora_alpha", "lora_dropout"):
+            value = getattr(self, name)
+            _expect(name, value, isinstance(value, int | float) and not isinstance(value, bool), "a number")
+        ranks = self.rank_pattern
+        numbers = isinstance(ranks, dict) and all(_is_whole(rank) for rank in ranks.values())
+        _expect("rank_pattern", ranks, numbers, "names with whole numbers")
+        for name in ("target_modules", "lora_target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "modules_to_save":
+                _check_regular(name, value)
+            elif value is not None:
+                listed = isinstance(value, list | tuple | set) and all(isinstance(entry, str) for entry in value)
+                _expect(name, value, listed, "a list of names")
+        for pattern in (*ranks, *(self.layers_pattern or [] if not isinstance(self.layers_pattern, str) else [])):
+            _check_regular("rank_pattern or layers_pattern", pattern)
+        for name in ("layers_to_transform", "lora_layers_to_transform"):
+            value = getattr(self, name)
+            whole = isinstance(value, list | tuple) and bool(value) and all(map(_is_whole, value))
+            _expect(name, value, value is None or _is_whole(value) or whole, "indices of layers (None means all)")
 
     def _check_choices(self) -> None:
         for name, allowed in (("chart", CHARTS), ("train_gates", TRAIN_GATES)):
@@ -147,6 +173,22 @@ class SO8TConfig(PeftConfig):
         return stored
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _expect(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"SO8TConfig: expected {name} to be {wanted}, got {value!r}.")
+
+
+def _check_regular(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"SO8TConfig: {name} {pattern!r} is not a regular expression: {error}.") from error
+
+
 def nonfinite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
     """Yield (place, number) for every number in nested dicts and lists that is NaN or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -166,12 +208,42 @@ def read_json(path: str) -> dict[str, Any]:
         path: of a UTF-8 file, with or without byte order mark.
 
     Raises:
-        AdapterError: naming the file and the key that holds the number.
+        AdapterError: naming the file and the key that holds the number, or what cannot be read.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        stored = json.load(file)
+    stored = parse_json(read_text(path), path)
     if not isinstance(stored, dict):
         raise AdapterError(f"{path}: expected a JSON object, got {type(stored).__name__}.")
     for place, value in nonfinite(stored):
         raise AdapterError(f"{path}: expected finite numbers, got {value} in {place!r}; the file is damaged.")
     return stored
+
+
+def read_text(path: str) -> str:
+    """Read a UTF-8 text file, with or without byte order mark.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        AdapterError: naming the file that is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{path}: not valid UTF-8 at byte {error.start}; save the file as UTF-8.") from error
+
+
+def parse_json(text: str, path: str) -> Any:
+    """Read JSON text.
+
+    Args:
+        text: of the file.
+        path: named in the error.
+
+    Raises:
+        AdapterError: naming the file and what is wrong in it.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not complete JSON ({error}); the file is damaged.") from error

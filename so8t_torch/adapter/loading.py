@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from so8t_torch.adapter.config import CHARTS, SO8TConfig
 from so8t_torch.adapter.layer import SO8TLayer, chart_mismatch
-from so8t_torch.core.errors import AdapterError
+from so8t_torch.core.errors import AdapterError, ConfigError
 
 BAKED = "so8t_baked"
 """Key in ``config.json`` of a baked checkpoint; transformers carries unknown keys through loading and saving."""
@@ -53,6 +54,7 @@ def load_adapter(
         AdapterError: the folder is damaged, belongs to another method, names no base, or is already folded into it.
     """
     config = read_adapter_config(path)
+    check_weights_file(path)
     model = base if isinstance(base, nn.Module) else load_base(config, base, **base_arguments)
     if (Path(path) / _WEIGHTS).is_file() and adapter_digest(path) in folded_adapters(model):
         raise AdapterError(f"{path}: this adapter is already folded into the base; loading it would apply it twice.")
@@ -64,9 +66,17 @@ def folded_adapters(model: nn.Module) -> list[str]:
 
     Args:
         model: loaded by transformers.
+
+    Raises:
+        AdapterError: the record in its configuration is damaged.
     """
     record = getattr(getattr(model, "config", None), BAKED, None)
-    return [] if record is None else list(record["adapters_sha256"])
+    if record is None:
+        return []
+    digests = record.get("adapters_sha256") if isinstance(record, dict) else None
+    if not isinstance(digests, list):
+        raise AdapterError(f"the base's config.json has a damaged record {BAKED!r}: {record!r:.80}; bake it again.")
+    return list(digests)
 
 
 def adapter_digest(path: str | Path) -> str:
@@ -89,8 +99,10 @@ def read_adapter_config(path: str | Path) -> SO8TConfig:
     """
     try:
         config = SO8TConfig.from_pretrained(str(path))
-    except AdapterError:
+    except (AdapterError, ConfigError):
         raise
+    except KeyError as error:
+        raise AdapterError(f"{path}: expected an adapter of the method SO8T, got {error}, which is unknown.") from error
     except ValueError as error:
         raise AdapterError(
             f"{path}: no adapter_config.json can be read there; give the folder that save_pretrained wrote, of a run "
@@ -110,16 +122,43 @@ def load_base(config: SO8TConfig, base: str | Path | None = None, **arguments: A
         **arguments: for ``from_pretrained``.
 
     Raises:
-        AdapterError: no base is named, or its class cannot be told.
+        AdapterError: no base is named, it cannot be read, or its class cannot be told.
     """
     source = base or config.base_model_name_or_path
     if source is None:
         raise AdapterError("this adapter does not name its base model; pass base=FOLDER or base=MODEL.")
-    return _auto_class(config).from_pretrained(str(source), **arguments)
+    auto_class = _auto_class(config)
+    try:
+        return auto_class.from_pretrained(str(source), **arguments)
+    except OSError as error:
+        raise AdapterError(
+            f"no base model can be read at {source}; pass base=FOLDER. The library says: {error}"
+        ) from error
+
+
+def check_weights_file(path: str | Path) -> None:
+    """Refuse a local adapter folder whose weights are absent or cut off, before the base is loaded.
+
+    Args:
+        path: adapter folder or hub id; a hub id passes.
+
+    Raises:
+        AdapterError: naming the file.
+    """
+    file = Path(path) / _WEIGHTS
+    if not Path(path).is_dir():
+        return
+    if not file.is_file():
+        raise AdapterError(f"{file}: no such file; give the folder that save_pretrained wrote.")
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise AdapterError(f"{file}: not a complete safetensors file ({error}); copy it again.") from error
 
 
 def check_tensors(stored: dict[str, Tensor], config: SO8TConfig) -> None:
-    """Refuse stored tensors that are not finite, and a chart other than the configured one.
+    """Refuse stored tensors that are not finite floating-point numbers, and a chart other than the configured one.
 
     Args:
         stored: by key as in ``adapter_model.safetensors``.
@@ -131,6 +170,10 @@ def check_tensors(stored: dict[str, Tensor], config: SO8TConfig) -> None:
     for key, tensor in stored.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"stored tensor {key!r}: expected finite numbers, found NaN or infinity.")
+        if ".so8t_chart" in key and tensor.numel() != 1:
+            raise AdapterError(f"stored tensor {key!r}: expected one number, got shape {tuple(tensor.shape)}.")
+        if ".so8t_" in key and ".so8t_chart" not in key and not tensor.is_floating_point():
+            raise AdapterError(f"stored tensor {key!r}: expected floating-point numbers, got {tensor.dtype}.")
         if ".so8t_chart" in key and int(tensor) != CHARTS.index(config.chart):
             raise AdapterError(chart_mismatch(f"stored tensor {key!r}", config.chart, int(tensor)))
 

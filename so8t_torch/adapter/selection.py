@@ -97,6 +97,7 @@ def check(config: SO8TConfig, model: nn.Module) -> None:
         *_unmatched(gates, modules),
         *_unmatched(lora, modules),
         *_unmatched_patterns(config, modules),
+        *_unmatched_saved(config, modules),
     ]
     if problems:
         raise AdapterError("SO8TConfig: every entry must match a module of this model.\n" + "\n".join(problems))
@@ -165,6 +166,8 @@ def _unmatched(rule: Rule, modules: Iterable[str]) -> Iterator[str]:
                 if any(_single(free, entry).selects(key) for key in keys)
                 else _near(entry, keys)
             )
+            if isinstance(rule.target_modules, str):
+                why += f"; one string is a regular expression for the whole name, [{entry!r}] a list of endings"
             yield f"  {targets}: {entry!r} matches nothing; {why}."
     for index in _indices(rule.layers_to_transform):
         if not any(replace(rule, layers_to_transform=[index]).selects(key) for key in keys):
@@ -186,6 +189,14 @@ def _unmatched_patterns(config: SO8TConfig, modules: Iterable[str]) -> Iterator[
     for pattern in config.rank_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", key) for key in lora):
             yield f"  rank_pattern: {pattern!r} matches no module that gets LoRA; {_near(pattern, keys)}."
+
+
+def _unmatched_saved(config: SO8TConfig, modules: Iterable[str]) -> Iterator[str]:
+    """Yield one line for every entry of ``modules_to_save`` that is the end of no module's name, as PEFT matches."""
+    keys = list(modules)
+    for entry in config.modules_to_save or []:
+        if not any(key.endswith(entry) for key in keys):
+            yield f"  modules_to_save: {entry!r} matches nothing; {_near(entry, keys)}."
 
 
 def _single(rule: Rule, entry: str) -> Rule:

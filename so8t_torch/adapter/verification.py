@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from so8t_torch.adapter.config import read_json
+from so8t_torch.adapter.config import parse_json, read_json, read_text
 from so8t_torch.core.errors import AdapterError
 
 BUILT_IN_PROMPTS = (
@@ -67,19 +66,19 @@ def read_prompts(path: str | Path) -> list[str]:
         path: of a UTF-8 file.
 
     Raises:
-        AdapterError: there is no such file, or it holds no prompts.
+        AdapterError: there is no such file, it cannot be read, or it holds no prompts.
     """
     path = Path(path)
     if not path.is_file():
         raise AdapterError(f"bake: no prompts at {path}; give a JSON or text file, or leave prompts out.")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(str(path))
     if path.suffix != ".json":
         found: Any = [line.strip() for line in text.splitlines() if line.strip()]
     elif text.lstrip().startswith("["):
-        found = json.loads(text)
+        found = parse_json(text, str(path))
     else:
         found = read_json(str(path)).get("texts", [])
-    if not found or not all(isinstance(item, str) for item in found):
+    if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
         raise AdapterError(f'{path}: expected prompts as {{"texts": [strings]}}, a list of strings, or lines of text.')
     return found
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,24 @@ def test_a_real_file_with_nan_is_refused() -> None:
         pytest.skip(f"needs {path.name} from ../shared/data/fixtures")
     with pytest.raises(AdapterError, match=r"alpha_gate_nan\.json: expected finite numbers, got nan in 'alpha_gate'"):
         read_json(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"r": "4"}, "expected r to be a whole number, got '4'"),
+        ({"r": True}, "expected r to be a whole number"),
+        ({"r": 2, "lora_alpha": "x"}, "expected lora_alpha to be a number"),
+        ({"r": 2, "rank_pattern": {"o_proj": 2.5}}, "expected rank_pattern to be names with whole numbers"),
+        ({"r": 2, "rank_pattern": {"(": 2}}, "not a regular expression"),
+        ({"shared": "no"}, "expected shared to be true or false, got 'no'"),
+        ({"target_modules": [3]}, "expected target_modules to be a list of names"),
+        ({"target_modules": "("}, "not a regular expression"),
+        ({"modules_to_save": "lm_head"}, "expected modules_to_save to be a list of names"),
+        ({"layers_to_transform": []}, "None means all"),
+        ({"layers_to_transform": "0"}, "expected layers_to_transform to be indices"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(arguments, reason) -> None:
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        SO8TConfig(**arguments)

@@ -248,6 +248,15 @@ def test_prompts_come_from_json_from_lines_and_from_the_call(make_adapter, tmp_p
     (tmp_path / "d.json").write_text('{"prompts": []}')
     with pytest.raises(AdapterError, match="expected prompts as"):
         read_prompts(tmp_path / "d.json")
+    for name, content, reason in (
+        ("e.json", b'{"texts": "one string, not four"}', "expected prompts as"),
+        ("f.json", b'["cut off', "not complete JSON"),
+        ("g.json", b'{"texts"', "not complete JSON"),
+        ("h.txt", b"gate \xff", "not valid UTF-8 at byte 5"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AdapterError, match=reason):
+            read_prompts(tmp_path / name)
 
     adapter = make_adapter()
     for number, (prompts, told) in enumerate(
@@ -306,3 +315,18 @@ def test_rounded_weights_are_those_of_the_quantiser(load_base, ids) -> None:
 def test_built_in_prompts_cover_both_languages() -> None:
     assert any(text.isascii() for text in BUILT_IN_PROMPTS)
     assert any(not text.isascii() for text in BUILT_IN_PROMPTS)
+
+
+def test_places_and_limits_that_cannot_be_are_refused_before_the_work(make_adapter, tmp_path) -> None:
+    adapter = make_adapter()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for output, arguments, reason in (
+        (adapter / "baked", {}, "the adapter's own folder"),
+        (tmp_path / "file" / "baked", {}, "cannot be made"),
+        (tmp_path / "baked", {"max_tokens": 0}, "max_tokens >= 1"),
+        (tmp_path / "baked", {"base": tmp_path / "empty"}, "no model can be read"),
+    ):
+        with pytest.raises(AdapterError, match=reason):
+            bake(adapter, output, **arguments)
+        assert not output.exists()

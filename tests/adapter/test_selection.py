@@ -171,3 +171,13 @@ def test_the_real_architecture_on_the_meta_device() -> None:
     assert sum(p.numel() for n, p in trained.items() if "so8t_safe" in n) == 8 * 384 * 28 == 86_016
     assert not any("so8t_cmd" in n for n in trained)
     assert len(list(gated_layers(model))) == 8
+
+
+def test_a_module_to_save_that_is_not_there_is_refused(make_model) -> None:
+    with pytest.raises(AdapterError, match=r"modules_to_save: 'lm_haed' matches nothing; near names: lm_head"):
+        get_peft_model(make_model(), SO8TConfig(modules_to_save=["lm_haed"]))
+
+
+def test_one_string_that_is_no_whole_name_says_how_to_give_a_list(make_model) -> None:
+    with pytest.raises(AdapterError, match=r"regular expression for the whole name, \['o_proj'\] a list"):
+        get_peft_model(make_model(), SO8TConfig(target_modules="o_proj"))

@@ -92,3 +92,47 @@ def test_the_class_of_the_base_comes_from_the_adapter_when_it_has_no_task(load_b
     model = shake(get_peft_model(load_base(), SO8TConfig())).eval()
     model.save_pretrained(tmp_path)
     assert torch.equal(load_adapter(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kept", [None, 0, 50, -100], ids=["absent", "empty", "header cut", "numbers cut"])
+def test_weights_that_are_not_whole_are_named(adapter, kept) -> None:
+    path = adapter / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if kept is not None:
+        path.write_bytes(content[:kept])
+    with pytest.raises(AdapterError, match=rf"{path.name}: (no such file|not a complete safetensors file)"):
+        load_adapter(adapter)
+
+
+@pytest.mark.parametrize("method", ["NOPE", None])
+def test_an_unknown_method_is_named(adapter, method) -> None:
+    set_in_config(adapter, peft_type=method)
+    with pytest.raises(AdapterError, match="expected an adapter of the method SO8T"):
+        load_adapter(adapter)
+
+
+def test_whole_numbers_are_no_generators(adapter, load_base) -> None:
+    key = "base_model.model.model.layers.1.self_attn.o_proj.so8t_safe"
+    rewrite(adapter, lambda stored: stored.update({key: stored[key].long()}))
+    with pytest.raises(AdapterError, match=r"expected floating-point numbers, got torch\.int64"):
+        load_adapter(adapter, load_base())
+
+
+def test_a_chart_code_is_one_number(adapter, load_base) -> None:
+    key = "base_model.model.model.layers.1.self_attn.o_proj.so8t_chart"
+    rewrite(adapter, lambda stored: stored.update({key: torch.zeros(3)}))
+    with pytest.raises(AdapterError, match="expected one number"):
+        load_adapter(adapter, load_base())
+
+
+def test_a_base_that_is_not_there_is_named(adapter, tmp_path) -> None:
+    with pytest.raises(AdapterError, match=r"no base model can be read at .*/nowhere"):
+        load_adapter(adapter, tmp_path / "nowhere")
+
+
+def test_a_damaged_record_of_baking_is_refused(adapter, load_base) -> None:
+    model = load_base()
+    model.config.so8t_baked = {}
+    with pytest.raises(AdapterError, match="damaged record"):
+        load_adapter(adapter, model)
