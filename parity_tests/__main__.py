@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,12 @@ def _pairs(module: str | None, text: str) -> tuple[OpPair, ...]:
         name, _, attribute = module.partition(":")
         if not attribute:
             raise SystemExit(f"expected --module package.module:NAME, got {module!r}; add the table's name")
-        pairs = tuple(getattr(importlib.import_module(name), attribute))
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            raise SystemExit(f"no module {name!r} can be imported from here; start in its folder or install it")
+        table = getattr(importlib.import_module(name), attribute, None)
+        if table is None:
+            raise SystemExit(f"module {name!r} has no {attribute!r}; name the tuple of pairs in it")
+        pairs = tuple(table)
     chosen = tuple(pair for pair in pairs if text in pair.name)
     if not chosen:
         raise SystemExit(f"expected a pair whose name contains {text!r}; there are {[p.name for p in pairs]}")

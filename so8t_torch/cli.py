@@ -162,14 +162,14 @@ def triage(
 
 
 def main() -> None:
-    """Run the command line; errors that the library raises on purpose are printed without a traceback."""
+    """Run the command line; errors raised on purpose, and those of files, are printed without a traceback."""
     # bitsandbytes announces at import that an optional kernel package is absent; nothing here asks for it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # addressed to the libraries that call transformers, not to whoever types a command
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
-    except SO8TError as error:
+    except (SO8TError, OSError) as error:
         # as plain text: lists and regular expressions in square brackets are not markup
         Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         raise SystemExit(1) from None

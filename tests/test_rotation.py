@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from so8t_torch.core.errors import BackendError
+from so8t_torch.core.errors import BackendError, DomainError, ShapeError
 from so8t_torch.ops import rotation
 from so8t_torch.ops.rotation import charts, eager
 
@@ -305,3 +305,50 @@ def test_the_bfloat16_path_is_the_one_tested_here() -> None:
         rotation.exponential(coordinates(4, 0.02)), channels(64, 32, torch.bfloat16), True
     )
     assert slight.shape == (64, 32)
+
+
+BAD = torch.zeros(2, 8, 8)
+
+
+@pytest.mark.parametrize("norm", [1e4, 1e6, 1e9])
+def test_a_huge_block_stays_a_rotation_beside_small_ones(norm):
+    coordinates = torch.randn(4, 28, generator=torch.Generator().manual_seed(0))
+    coordinates[0, 0] = norm
+    assert float(rotation.orthogonality_error(rotation.exponential(coordinates)).max()) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.complex64])
+def test_a_dtype_that_would_be_rounded_away_is_refused(dtype):
+    with pytest.raises(DomainError, match="real floating"):
+        rotation.exponential(torch.ones(2, 28).to(dtype))
+    with pytest.raises(DomainError, match="real floating"):
+        rotation.apply(BAD, torch.ones(3, 16).to(dtype))
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ShapeError, match="one device"):
+        rotation.apply(BAD.to("meta"), torch.ones(3, 16))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: rotation.apply(BAD, torch.tensor(1.0)),
+        lambda: rotation.isometry_error(BAD, torch.tensor(0.0)),
+        lambda: rotation.fold_output(torch.ones(16), None, BAD),
+        lambda: rotation.fold_output(torch.ones(16, 4), torch.ones(8), BAD),
+        lambda: rotation.unfold_output(torch.ones(16, 4), torch.tensor(1.0), BAD),
+    ],
+)
+def test_a_missing_axis_or_a_bias_of_another_length_is_a_shape_error(call):
+    with pytest.raises(ShapeError, match="expected"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "margin"),
+    [(torch.zeros(1, 8, 8), 1e-3), (torch.eye(8)[None], -1.0), (torch.eye(8)[None], float("nan"))],
+)
+def test_the_logarithm_refuses_what_is_no_rotation_and_no_margin(matrix, margin):
+    with pytest.raises(DomainError, match="expected"):
+        rotation.logarithm(matrix, margin)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from so8t_torch.core import backend as backends
-from so8t_torch.core.errors import ShapeError
+from so8t_torch.core.errors import DomainError, ShapeError
 from so8t_torch.ops.rotation import autograd, charts, eager
 
 __all__ = [
@@ -47,6 +47,7 @@ def skew(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batch 8 8"]
 
     Raises:
         ShapeError: the last axis is not 28 long.
+        DomainError: the dtype is not a real floating one; this and the device are checked in every function here.
     """
     _check_trailing("skew", "coordinates", coordinates, (28,))
     return charts.skew(coordinates)
@@ -75,8 +76,9 @@ def exponential(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batc
         ShapeError: the last axis is not 28 long.
 
     Numerics:
-        The error grows as the norm: about 4·eps(float64)·|a|; orthogonality does not. On a CPU there is no upper limit.
-        On other devices, where the norms are not read back, blocks with |a| > 2¹² come out NaN rather than wrong.
+        The error grows as the norm, about 4·eps(float64)·|a|: from |a| ≈ 1e14 on an angle means nothing, and far beyond
+        that the answer is NaN. On devices other than a CPU, where the norms are not read back, blocks with |a| > 2¹²
+        come out NaN rather than wrong.
     """
     _check_trailing("exponential", "coordinates", coordinates, (28,))
     if _has_tangent(coordinates):
@@ -103,11 +105,12 @@ def logarithm(rotation: Float[Tensor, "*batch 8 8"], cut_margin: float = 1e-3) -
 
     Args:
         rotation: rotations; also matrices near one, where it is the principal logarithm of that matrix.
-        cut_margin: least distance of an angle from π, in radians, at which the answer is still given.
+        cut_margin: least distance of an angle from π, in radians, at which the answer is still given; positive.
 
     Raises:
         ShapeError: the last two axes are not 8 × 8.
-        DomainError: an angle is nearer to π than that, or an entry is not finite. Reading it synchronises a device.
+        DomainError: an angle is nearer to π than that, an entry is not finite, or the matrix is no rotation
+            (max |RᵀR − I| > 1/2). Reading it synchronises a device.
     """
     _check_trailing("logarithm", "rotation", rotation, (8, 8))
     if _has_tangent(rotation):
@@ -134,7 +137,7 @@ def apply(
         BackendError: the requested backend cannot run this call; the text says why. ``explain_backend`` says it
             beforehand.
     """
-    _check_blocks("apply", rotation, x.shape[-1])
+    _check_blocks("apply", rotation, x, "x")
     chosen = backends.choose("apply", backend, _candidates(rotation, x))
     if _has_tangent(rotation, x):
         return eager.rotate_plain(rotation, x)
@@ -208,7 +211,7 @@ def isometry_error(
     Raises:
         ShapeError: widths that do not match.
     """
-    _check_blocks("isometry_error", rotation, x.shape[-1])
+    _check_blocks("isometry_error", rotation, x, "x")
     return eager.isometry_error(rotation, x)
 
 
@@ -230,7 +233,8 @@ def fold_output(
     Raises:
         ShapeError: widths that do not match.
     """
-    _check_blocks("fold_output", rotation, weight.shape[-2])
+    _check_blocks("fold_output", rotation, weight, "weight", axis=-2)
+    _check_bias("fold_output", weight, bias)
     return eager.fold_output(weight, bias, rotation)
 
 
@@ -244,7 +248,8 @@ def unfold_output(
     Raises:
         ShapeError: widths that do not match.
     """
-    _check_blocks("unfold_output", rotation, weight.shape[-2])
+    _check_blocks("unfold_output", rotation, weight, "weight", axis=-2)
+    _check_bias("unfold_output", weight, bias)
     return eager.fold_output(weight, bias, rotation.mT)
 
 
@@ -256,7 +261,7 @@ def fold_input(
     Raises:
         ShapeError: widths that do not match.
     """
-    _check_blocks("fold_input", rotation, weight.shape[-1])
+    _check_blocks("fold_input", rotation, weight, "weight")
     return eager.fold_input(weight, rotation)
 
 
@@ -268,7 +273,7 @@ def unfold_input(
     Raises:
         ShapeError: widths that do not match.
     """
-    _check_blocks("unfold_input", rotation, weight.shape[-1])
+    _check_blocks("unfold_input", rotation, weight, "weight")
     return eager.fold_input(weight, rotation.mT)
 
 
@@ -290,15 +295,29 @@ def _has_tangent(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def _check_floating(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise DomainError(f"{op}: expected {name} of a real floating dtype, got {tensor.dtype}; convert it first.")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ShapeError(f"{op}: expected all tensors on one device, got {places}; move them together.")
+
+
 def _check_trailing(op: str, name: str, tensor: Tensor, trailing: tuple[int, ...]) -> None:
+    _check_floating(op, **{name: tensor})
     if tuple(tensor.shape[-len(trailing) :]) != trailing:
         wanted = ", ".join(map(str, trailing))
         raise ShapeError(f"{op}: expected {name} of shape (…, {wanted}), got {tuple(tensor.shape)}.")
 
 
-def _check_blocks(op: str, rotation: Tensor, channels: int) -> None:
+def _check_blocks(op: str, rotation: Tensor, tensor: Tensor, name: str, axis: int = -1) -> None:
+    _check_floating(op, rotation=rotation, **{name: tensor})
     if rotation.ndim != 3 or rotation.shape[1:] != (8, 8):
         raise ShapeError(f"{op}: expected rotations of shape (blocks, 8, 8), got {tuple(rotation.shape)}.")
+    if tensor.ndim < -axis:
+        raise ShapeError(f"{op}: expected {name} with at least {-axis} axes, got shape {tuple(tensor.shape)}.")
+    channels = tensor.shape[axis]
     if channels % 8:
         raise ShapeError(
             f"{op}: expected a number of channels divisible by 8, got {channels}; rotate a layer whose width is, "
@@ -309,3 +328,11 @@ def _check_blocks(op: str, rotation: Tensor, channels: int) -> None:
             f"{op}: expected {channels // 8} rotations for {channels} channels, or 1 shared by all blocks, got "
             f"{rotation.shape[0]}."
         )
+
+
+def _check_bias(op: str, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    _check_floating(op, weight=weight, bias=bias)
+    if bias.ndim == 0 or bias.shape[-1] != weight.shape[-2]:
+        raise ShapeError(f"{op}: expected a bias of {weight.shape[-2]} outputs, got shape {tuple(bias.shape)}.")

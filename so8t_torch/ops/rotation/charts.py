@@ -27,6 +27,8 @@ NORM_LIMIT = 0.5
 DEVICE_HALVINGS = 13
 """Halvings unrolled where the host must not wait for the norms: a block with |a| > 2¹² comes out NaN there."""
 UNKNOWN_RANGE = (0, DEVICE_HALVINGS)
+FAR_FROM_ROTATION = 0.5
+"""max |RᵀR − I| from which the logarithm is refused: it continues off the group, but not to singular matrices."""
 SERIES_DEGREE = {torch.float64: 15, torch.float32: 9}
 """Degree of Taylor's polynomial: the first term dropped is 7e-19, and 3e-10 for a float32 answer.
 
@@ -117,7 +119,9 @@ def _generators(coordinates: Tensor, sign: float = 1.0) -> _Scaled:
     scale = torch.ldexp(torch.full_like(needed, sign, dtype=a.dtype), -needed)
     scale = scale.masked_fill(needed > most, torch.nan)
     X = ((a * scale[:, None]) @ _basis(a.device)).view(-1, 8, 8)
-    answer = torch.float64 if coordinates.dtype == torch.float64 else torch.float32
+    # so many doublings would lift what the short series drops above the rounding of a float32 answer
+    exact = coordinates.dtype == torch.float64 or most > DEVICE_HALVINGS
+    answer = torch.float64 if exact else torch.float32
     return _Scaled(X, scale, needed, least, most, answer)
 
 
@@ -255,7 +259,13 @@ def away_from_cut(rotation: Tensor, cut_margin: float) -> Tensor:
     R = rotation.detach().double()
     if not bool(R.isfinite().all()):
         raise DomainError("logarithm: expected finite rotations, got NaN or infinity; find out where it came from.")
-    singular = torch.linalg.svdvals(R + torch.eye(8, dtype=R.dtype, device=R.device))
+    if not cut_margin > 0:
+        raise DomainError(f"logarithm: expected cut_margin > 0, got {cut_margin}; at π the logarithm is not unique.")
+    identity = torch.eye(8, dtype=R.dtype, device=R.device)
+    defect = float((R.mT @ R - identity).abs().max()) if R.numel() else 0.0
+    if defect > FAR_FROM_ROTATION:
+        raise DomainError(f"logarithm: expected rotations, got a matrix with max |RᵀR − I| = {defect:.3g}.")
+    singular = torch.linalg.svdvals(R + identity)
     nearest = float(singular.min()) if singular.numel() else 2.0
     if nearest <= 2 * math.sin(cut_margin / 2):
         raise DomainError(
