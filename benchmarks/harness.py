@@ -196,7 +196,10 @@ def _plot(found: Sequence[Row], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("rival's time ÷ our time")
-    axes.legend(fontsize=8, loc="lower right")
+    ratios = [row.ratio for row in found]
+    axes.set_xlim(min(0.9, 0.8 * min(ratios)), 1.6 * max(ratios))
+    axes.axvline(1, color="black", linewidth=0.8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
