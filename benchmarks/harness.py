@@ -186,7 +186,7 @@ def _plot(found: Sequence[Row], path: Path) -> None:
         bars = axes.barh(
             positions, [ratios[n] for n in names if n in ratios], 0.38, color=colour, label=f"memory: {malloc}"
         )
-        axes.bar_label(bars, fmt="%.1f×", padding=3, fontsize=8)
+        axes.bar_label(bars, fmt="%.2f×", padding=3, fontsize=8)
     for i, name in enumerate(names):
         if name[3] is not None:
             axes.plot(
@@ -194,10 +194,11 @@ def _plot(found: Sequence[Row], path: Path) -> None:
             )
     axes.set_yticks(range(len(names)), [f"{case} ({dtype}) vs {rival}" for case, dtype, rival, _ in names])
     axes.invert_yaxis()
-    axes.set_xscale("log")
     axes.set_xlabel("rival's time ÷ our time")
     ratios = [row.ratio for row in found]
-    axes.set_xlim(min(0.9, 0.8 * min(ratios)), 1.6 * max(ratios))
+    if max(ratios) > 3:
+        axes.set_xscale("log")
+    axes.set_xlim(min(0.9, 0.8 * min(ratios)) if max(ratios) > 3 else 0, 1.6 * max(ratios))
     axes.axvline(1, color="black", linewidth=0.8)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
