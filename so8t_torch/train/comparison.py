@@ -79,7 +79,7 @@ def findings(comparison: Comparison) -> list[str]:
         f"{reading['frame']:.2f} of unseen frames, {reading['both']:.2f} of both; it saw no label of any state.",
         f"Folded weights: max |Δlogit| {baked.written.max_abs:.1e} against the gated model (bound "
         f"{baked.tolerance:.1e}, noise of the machine {max(baked.noise_threads, baked.noise_batch):.1e}).",
-        f"{comparison.seconds['whole']:.0f} s on {machine['threads']} threads ({machine['processor_seconds']:.0f} "
+        f"{comparison.seconds['whole']:.0f} s on {machine['threads']} thread(s) ({machine['processor_seconds']:.0f} "
         f"processor seconds), peak memory {machine['peak_rss_gib']:.2f} GiB.",
     ]
 
@@ -160,7 +160,7 @@ def _draw_forgetting(axis: Axes, comparison: Comparison) -> None:
 
 
 def _accuracy(comparison: Comparison) -> tuple[tuple[str, ...], Rows]:
-    header = ("variant", "trained", "training", *KINDS.values())
+    header = ("variant", "trained", "seen", *KINDS.values())
     rows = [
         (
             TITLES[o.name],

@@ -129,7 +129,7 @@ def run_demo(
         raise ConfigError("The quick start needs a base of kind scratch and data.scenarios.")
     threads = building.thread_count(combined)
     clear(output, console)
-    console.print(f"[bold]SO8T quick start[/bold] on {threads} threads, {combined.training.max_steps} steps a variant")
+    console.print(f"[bold]SO8T quick start[/bold] on {threads} thread(s), {combined.training.max_steps} steps each")
     with _quiet():
         with _timed(clock, "base"):
             folder = build_base(combined.base, output / "bases", threads=threads)
