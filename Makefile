@@ -32,8 +32,7 @@ parity: $(INSTALLED)          ## judge production against reference, write docs/
 	$(BIN)/so8t parity
 
 bench: $(INSTALLED)           ## benchmarks beside peers; JSON and plots under docs/bench
-	$(BIN)/python -m benchmarks.rotation
-	$(BIN)/python -m benchmarks.train_step
+	failed=0; for claim in rotation train_step; do $(BIN)/python -m benchmarks.$$claim || failed=1; done; exit $$failed
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
