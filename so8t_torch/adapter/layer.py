@@ -4,8 +4,8 @@
 
 x: (…, in); y: (…, out); A_safe, A_cmd: (out/8, 28) coordinates in so(8), or (1, 28) when one serves all blocks;
 A: (r, in), B: (out, r), s = lora_alpha / r. A_• = 0 and B = 0 at the start, so that y is the wrapped layer's output bit
-for bit. R is computed anew in every forward pass, in float64, and kept in float32: optimisers move weights without a trace that a cache
-could watch. Cost of the gate: 64 multiply-adds per eight channels. Derivation: docs/math/rotation.md
+for bit. R is computed anew in every forward pass, in float64, and kept in float32: optimisers move weights without a
+trace that a cache could watch. Cost of the gate: 64 multiply-adds per eight channels. Derivation: docs/math/rotation.md
 """
 
 from __future__ import annotations
