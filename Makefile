@@ -32,7 +32,8 @@ parity: $(INSTALLED)          ## judge production against reference, write docs/
 	$(BIN)/so8t parity
 
 bench: $(INSTALLED)           ## benchmarks beside peers; JSON and plots under docs/bench
-	failed=0; for claim in rotation train_step; do $(BIN)/python -m benchmarks.$$claim || failed=1; done; exit $$failed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	failed=0; for claim in rotation train_step lns tensor_train; do $(BIN)/python -m benchmarks.$$claim || failed=1; done; exit $$failed
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
