@@ -1,7 +1,7 @@
 """Compile every Triton kernel for real GPUs without one, and hold what comes out under the cards' limits.
 
 Each kernel × tile × dtype × architecture is compiled to a cubin; registers and spills are read from it, shared memory
-from Triton, 16-byte loads and stores from the disassembly. A room adds its kernels to ``specs``.
+from Triton, 16-byte loads and stores from the disassembly. A room states its kernels in ``parity_tests/kernel_specs``.
 
 Run: python -m parity_tests.kernels (in a process without TRITON_INTERPRET).
 """
@@ -12,10 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from rich.console import Console
@@ -23,41 +22,16 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from parity_tests.kernel_specs import KernelSpec, specs
 from so8t_torch.core.launch import Tile
 
 CAPABILITIES = (80, 86, 89, 90)
 SHARED_LIMIT = 101_376
 """Bytes of shared memory per block on sm_86 and sm_89, the smallest of the cards served."""
 REGISTER_LIMIT = 255
-ELEMENTS = ("bf16", "fp16", "fp32")
 OPCODE = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.[A-Z0-9_]+)*)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelSpec:
-    """One kernel and how it is called.
-
-    Attributes:
-        room: the room it belongs to.
-        kernel: the ``@triton.jit`` function.
-        tiles: its tile table.
-        signature: argument name → Triton type; ``*`` alone stands for a pointer to the element type.
-        constants: ``tl.constexpr`` arguments that are not tile sizes.
-        elements: element types it is launched with.
-        wide_loads: 16-byte loads that the hot path must have at least.
-        wide_stores: the same for stores; 0 where the kernel writes scalars only.
-    """
-
-    room: str
-    kernel: Any
-    tiles: tuple[Tile, ...]
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    elements: tuple[str, ...] = ELEMENTS
-    wide_loads: int = 1
-    wide_stores: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,78 +49,6 @@ class KernelRow:
     wide_loads: int
     wide_stores: int
     problems: tuple[str, ...]
-
-
-def specs() -> tuple[KernelSpec, ...]:
-    """Return every kernel of the library."""
-    return (*rotation_specs(), *second_difference_specs())
-
-
-def rotation_specs() -> tuple[KernelSpec, ...]:
-    """Return the kernels of the room ``rotation``."""
-    from so8t_torch.ops.rotation import kernels
-
-    sizes = {"rows": "i32", "blocks": "i32", "rotation_stride": "i32:16"}
-    plain = {"INTERPRETED": False}
-    return (
-        KernelSpec(
-            room="rotation",
-            kernel=kernels.forward_kernel,
-            tiles=kernels.FORWARD_TILES,
-            signature={"rotation_ptr": "*fp32", "x_ptr": "*", "y_ptr": "*", **sizes},
-            constants=plain,
-        ),
-        KernelSpec(
-            room="rotation",
-            kernel=kernels.backward_kernel,
-            tiles=kernels.BACKWARD_TILES,
-            signature={
-                "rotation_ptr": "*fp32",
-                "x_ptr": "*",
-                "dy_ptr": "*",
-                "dx_ptr": "*",
-                "partial_ptr": "*fp32",
-                **sizes,
-            },
-            constants=plain,
-            wide_loads=2,
-        ),
-    )
-
-
-def second_difference_specs() -> tuple[KernelSpec, ...]:
-    """Return the kernels of the room ``second_difference``; their tiles depend on the bytes of an element."""
-    from so8t_torch.ops.second_difference import kernels
-
-    sizes = {"length": "i32", "width": "i32:16", "stride_b": "i32:16", "stride_t": "i32:16"}
-    plain = {"stride_d": 1, "DELTA": 0.0}
-    by_size = ((2, ("bf16",), "fp32"), (4, ("fp32",), "fp32"), (8, ("fp64",), "fp64"))
-    forward = [
-        KernelSpec(
-            room="second_difference",
-            kernel=kernels.energy_kernel,
-            tiles=kernels.ENERGY_TILES[size],
-            signature={"h_ptr": "*", "valid_ptr": "*u8", "partial_ptr": f"*{accumulated}", **sizes},
-            constants=plain,
-            elements=elements,
-            wide_stores=0,
-        )
-        for size, elements, accumulated in by_size
-    ]
-    backward = [
-        KernelSpec(
-            room="second_difference",
-            kernel=kernels.gradient_kernel,
-            tiles=kernels.GRADIENT_TILES[size],
-            signature={
-                "grad_ptr": "*fp64", "h_ptr": "*", "valid_ptr": "*u8", "dh_ptr": "*", "stride_g": "i32", **sizes,
-            },
-            constants={**plain, "FLOAT64": size == 8},
-            elements=elements,
-        )
-        for size, elements, _ in by_size
-    ]  # fmt: skip
-    return (*forward, *backward)
 
 
 def gate(kernels: Iterable[KernelSpec], capabilities: Iterable[int] = CAPABILITIES) -> list[KernelRow]:

@@ -1,0 +1,14 @@
+"""Every Triton kernel of the library, one file per room."""
+
+from __future__ import annotations
+
+from parity_tests.kernel_specs.rotation import rotation_specs
+from parity_tests.kernel_specs.second_difference import second_difference_specs
+from parity_tests.kernel_specs.spec import KernelSpec
+
+__all__ = ["KernelSpec", "specs"]
+
+
+def specs() -> tuple[KernelSpec, ...]:
+    """Return every kernel of the library."""
+    return (*rotation_specs(), *second_difference_specs())
