@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Inexact, Int
 
 __all__ = ["cross_entropy", "decompose", "logits", "refine", "rows", "table", "topk"]
@@ -49,11 +50,11 @@ def rows(
     inside = (ids >= 0) & (ids < size)
     digits = jnp.unravel_index(jnp.where(inside, ids, 0), tuple(core.shape[0] for core in cores))
 
-    def slab(core: Array, digit: Array) -> Array:
-        return jnp.where(padding, 0.0, jnp.where(inside, _wide(core)[digit], jnp.nan))
+    def chosen(core: Array, digit: Array) -> Array:
+        return jnp.where(padding, 0.0, jnp.where(inside, core[digit], jnp.nan))
 
-    row = functools.reduce(_join, map(slab, cores, digits))
-    return row.reshape(-1)[:width].astype(cores[0].dtype)
+    row = functools.reduce(_join, map(chosen, _wide(*cores), digits))
+    return row.reshape(-1)[:width].astype(np.result_type(*cores))
 
 
 def table(
@@ -142,17 +143,17 @@ def topk(
 
 
 def decompose(
-    table: Inexact[Array, "v d"],
+    table: Float[Array, "v d"],
     *,
     vocab_factors: tuple[int, ...],
     feature_factors: tuple[int, ...],
     ranks: tuple[int, ...],
-) -> tuple[Inexact[Array, "_ _ _ _"], ...]:
+) -> tuple[Float[Array, "_ _ _ _"], ...]:
     """Return cores of given ranks that approximate a table: the singular value decomposition of one bond after another.
 
-    Rows and columns that the factors add are zero. The first nonzero choice is free, so it is fixed: the largest entry
-    of every left singular vector is positive. The last bond is split as U√S and √S Vᴴ, then every core is scaled to the
-    same Frobenius norm (two cores already have it).
+    Rows and columns that the factors add are zero. The sign of a singular pair is free and therefore fixed: the largest
+    entry of the left vector is positive, the first of equal ones. All cores but the last are the left vectors; the last
+    bond is split as U√S and √S Vᵀ, then every core is scaled to one Frobenius norm (two cores have it already).
 
     Args:
         table: E, (V, D), finite.
@@ -170,20 +171,21 @@ def decompose(
     Source: Oseledets, Tensor-train decomposition, SIAM J. Sci. Comput. 33 (2011).
     """
     _check_factors(table.shape, vocab_factors, feature_factors, ranks)
-    cores, s, vh = [], jnp.ones(1), _digits_of(_wide(table), vocab_factors, feature_factors).reshape(1, -1)
+    (wide,) = _wide(table)
+    cores, s, vt = [], jnp.ones(1, wide.dtype), _digits_of(wide, vocab_factors, feature_factors).reshape(1, -1)
     for v, w, rank in zip(vocab_factors, feature_factors, ranks, strict=False):
         left = len(s)
-        u, s, vh = _svd((s[:, None] * vh).reshape(left * v * w, -1), rank)
+        u, s, vt = _svd((s[:, None] * vt).reshape(left * v * w, -1), rank)
         cores.append(u.reshape(left, v, w, rank).transpose(1, 0, 3, 2))
-    cores[-1:] = [core * jnp.sqrt(s)[:, None] for core in cores[-1:]]
-    last = jnp.sqrt(s)[:, None] * vh
+    cores[-1:] = [core * jnp.sqrt(s)[None, None, :, None] for core in cores[-1:]]
+    last = jnp.sqrt(s)[:, None] * vt
     cores.append(last.reshape(len(s), vocab_factors[-1], feature_factors[-1], 1).transpose(1, 0, 3, 2))
     return tuple(core.astype(table.dtype) for core in _balanced(cores))
 
 
 def refine(
-    table: Inexact[Array, "v d"], *cores: Inexact[Array, "_ _ _ _"], sweeps: int = 1
-) -> tuple[Inexact[Array, "_ _ _ _"], ...]:
+    table: Float[Array, "v d"], *cores: Float[Array, "_ _ _ _"], sweeps: int = 1
+) -> tuple[Float[Array, "_ _ _ _"], ...]:
     """Return cores that fit a table no worse: alternating least squares over the entries that the table has.
 
     Rows from V on and columns from D on carry no weight, which the decomposition of a table padded with zeros cannot
@@ -201,11 +203,10 @@ def refine(
     Raises:
         ValueError: as in ``rows``.
     """
-    size, width = _table_shape(cores, *table.shape)
+    _table_shape(cores, *table.shape)
     vocab_factors, feature_factors = (tuple(core.shape[axis] for core in cores) for axis in (0, 3))
-    seen = _digits_of(jnp.ones((size, width)), vocab_factors, feature_factors)
-    goal = _digits_of(_wide(table), vocab_factors, feature_factors)
-    fitted = [_wide(core) for core in cores]
+    wide, *fitted = _wide(table, *cores)
+    goal, seen = (_digits_of(x, vocab_factors, feature_factors) for x in (wide, jnp.ones_like(wide)))
     for k in list(range(len(cores))) * sweeps:
         fitted[k] = _best_core(goal, seen, fitted, k)
     return tuple(new.astype(core.dtype) for new, core in zip(fitted, cores, strict=True))
@@ -214,7 +215,7 @@ def refine(
 def _best_core(goal: Array, seen: Array, cores: list[Array], k: int) -> Array:
     """Return the least squares solution for core k: one small problem for each of its slices (i_k, d_k)."""
     v, p, q, w = cores[k].shape
-    before, after = jnp.ones((1, 1)), jnp.ones((1, 1))
+    before = after = jnp.ones((1, 1), goal.dtype)
     for core in cores[:k]:
         before = jnp.einsum("xp,jpq->xjq", before, _letters(core)).reshape(-1, core.shape[2])
     for core in reversed(cores[k + 1 :]):
@@ -231,8 +232,8 @@ def _best_core(goal: Array, seen: Array, cores: list[Array], k: int) -> Array:
 
 
 def _digits_of(
-    matrix: Inexact[Array, "v d"], vocab_factors: tuple[int, ...], feature_factors: tuple[int, ...]
-) -> Inexact[Array, ...]:
+    matrix: Float[Array, "v d"], vocab_factors: tuple[int, ...], feature_factors: tuple[int, ...]
+) -> Float[Array, ...]:
     """Return the matrix, padded with zeros, as a tensor with axes i_1, d_1, i_2, d_2, …"""
     order, full = len(vocab_factors), (math.prod(vocab_factors), math.prod(feature_factors))
     padded = jnp.zeros(full, matrix.dtype).at[: matrix.shape[0], : matrix.shape[1]].set(matrix)
@@ -240,13 +241,13 @@ def _digits_of(
     return padded.reshape(*vocab_factors, *feature_factors).transpose(pairs)
 
 
-def _svd(matrix: Inexact[Array, "m n"], rank: int) -> tuple[Array, Array, Array]:
+def _svd(matrix: Float[Array, "m n"], rank: int) -> tuple[Array, Array, Array]:
     """Return the leading singular triplets; the largest entry of each left vector is positive."""
-    u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0)[None], axis=0)[0]
-    phase = largest / jnp.abs(largest)
-    return u / phase, s, vh * phase[:, None]
+    sign = jnp.sign(largest)
+    return u * sign[None], s, vt * sign[:, None]
 
 
 def _balanced(cores: list[Array]) -> list[Array]:
@@ -271,8 +272,8 @@ def _wide_logits(hidden: Array, cores: tuple[Array, ...], vocab_size: int | None
     """Return E h in the dtype of accumulation."""
     if any(jnp.iscomplexobj(array) for array in (hidden, *cores)):
         raise ValueError("expected a real hidden state and real cores: a head has no unique complex meaning")
-    wide = [_wide(core) for core in cores]
-    return jnp.matmul(table(*wide, vocab_size=vocab_size, d_model=len(hidden)), _wide(hidden), precision="highest")
+    h, *wide = _wide(hidden, *cores)
+    return jnp.matmul(table(*wide, vocab_size=vocab_size, d_model=len(h)), h, precision="highest")
 
 
 def _table_shape(
@@ -310,6 +311,7 @@ def _check_factors(
             raise ValueError(f"expected rank {k + 1} in 1..{limit}, that of its matrix, got {rank}")
 
 
-def _wide(array: Inexact[Array, ...]) -> Inexact[Array, ...]:
-    """Return half dtypes as float32, every other one as it is."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+def _wide(*arrays: Inexact[Array, ...]) -> tuple[Inexact[Array, ...], ...]:
+    """Return the arrays in their dtype of accumulation: float32 for half dtypes, complex if one of them is."""
+    dtype = np.result_type(np.float32, *arrays)
+    return tuple(array.astype(dtype) for array in arrays)
