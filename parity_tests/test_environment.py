@@ -7,8 +7,10 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+import typeguard
+from jaxtyping import Float
 
-from parity_tests.harness.environment import shape_checks
+from parity_tests.harness.environment import checked, shape_checks
 from parity_tests.harness.inputs import round_to
 from parity_tests.harness.skips import SkipCount
 from so8t_jax.ops import second_difference as definition
@@ -39,6 +41,17 @@ def test_shapes_are_checked_only_where_that_is_switched_on(side: str) -> None:
     with shape_checks(enabled=False), pytest.raises((ValueError, TypeError)) as caught:
         call()
     assert not isinstance(caught.value, jaxtyping.TypeCheckError)
+
+
+def test_every_variadic_argument_is_checked() -> None:
+    def total(*cores: Float[np.ndarray, "_ _"], scale: float = 1.0) -> float:
+        return scale * sum(float(core.sum()) for core in cores)
+
+    watched = checked(total)
+    with shape_checks(enabled=True):
+        assert watched(np.ones((2, 3)), np.ones((4, 5))) == 26.0
+        with pytest.raises(typeguard.TypeCheckError):
+            watched(np.ones((2, 3)), np.ones(4))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -38,19 +38,26 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     signature = inspect.signature(function)
     hints = {p.name: p.annotation for p in signature.parameters.values() if p.annotation is not p.empty}
-    variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    kinds = {p.name: p.kind for p in signature.parameters.values()}
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
         for name, value in signature.bind(*arguments, **keywords).arguments.items():
-            if name in hints and name not in variadic:
-                typeguard.check_type(value, hints[name])
+            for each in _values(value, kinds[name]) if name in hints else ():
+                typeguard.check_type(each, hints[name])
         result = function(*arguments, **keywords)
         if signature.return_annotation is not signature.empty:
             typeguard.check_type(result, signature.return_annotation)
         return result
 
     return call
+
+
+def _values(value: Any, kind: inspect._ParameterKind) -> Iterable[Any]:
+    """Return what one annotation speaks of: every item of ``*arguments`` and ``**keywords``, else the value."""
+    if kind is inspect.Parameter.VAR_KEYWORD:
+        return value.values()
+    return value if kind is inspect.Parameter.VAR_POSITIONAL else (value,)
 
 
 class _Unchecked(MetaPathFinder):

@@ -15,15 +15,18 @@ from parity_tests.harness.inputs import NUMPY
 from parity_tests.harness.pair import OpPair
 
 PRODUCTION_ONLY = {"backend"}
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
 
 
 def signature_problems(reference: Callable[..., Any], production: Callable[..., Any]) -> list[str]:
-    """Return how two signatures differ: positional names, their order and defaults, keyword-only names."""
+    """Return how two signatures differ: positional names (``*cores`` too), order and defaults, keyword-only names."""
     ours, theirs = (inspect.signature(f).parameters.values() for f in (reference, production))
     problems = []
-    left = [(p.name, p.default) for p in ours if p.kind in _POSITIONAL]
-    right = [(p.name, p.default) for p in theirs if p.kind in _POSITIONAL]
+    left, right = ([(_written(p), p.default) for p in side if p.kind in _POSITIONAL] for side in (ours, theirs))
     if [name for name, _ in left] != [name for name, _ in right]:
         problems.append(
             f"positional parameters differ: reference ({', '.join(n for n, _ in left)}), "
@@ -31,11 +34,22 @@ def signature_problems(reference: Callable[..., Any], production: Callable[..., 
         )
     elif left != right:
         problems.append(f"defaults differ: reference {left}, production {right}")
-    left_only = {p.name for p in ours if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    right_only = {p.name for p in theirs if p.kind is inspect.Parameter.KEYWORD_ONLY} - PRODUCTION_ONLY
-    if left_only != right_only:
-        problems.append(f"keyword-only parameters differ: {sorted(left_only ^ right_only)}")
+    named, meant = (
+        {p.name: p.default for p in side if p.kind is p.KEYWORD_ONLY and p.name not in PRODUCTION_ONLY}
+        for side in (ours, theirs)
+    )
+    if named.keys() != meant.keys():
+        problems.append(f"keyword-only parameters differ: {sorted(named.keys() ^ meant.keys())}")
+    problems += [
+        f"defaults of {name} differ: reference {named[name]!r}, production {meant[name]!r}"
+        for name in sorted(named.keys() & meant.keys())
+        if named[name] != meant[name]
+    ]
     return problems
+
+
+def _written(parameter: inspect.Parameter) -> str:
+    return f"*{parameter.name}" if parameter.kind is parameter.VAR_POSITIONAL else parameter.name
 
 
 def declaration_problems(pair: OpPair) -> list[str]:
