@@ -143,17 +143,18 @@ def topk(
 
 
 def decompose(
-    table: Float[Array, "v d"],
+    table: Inexact[Array, "v d"],
     *,
     vocab_factors: tuple[int, ...],
     feature_factors: tuple[int, ...],
     ranks: tuple[int, ...],
-) -> tuple[Float[Array, "_ _ _ _"], ...]:
+) -> tuple[Inexact[Array, "_ _ _ _"], ...]:
     """Return cores of given ranks that approximate a table: the singular value decomposition of one bond after another.
 
-    Rows and columns that the factors add are zero. The sign of a singular pair is free and therefore fixed: the largest
-    entry of the left vector is positive, the first of equal ones. All cores but the last are the left vectors; the last
-    bond is split as U√S and √S Vᵀ, then every core is scaled to one Frobenius norm (two cores have it already).
+    Rows and columns that the factors add are zero. All cores but the last are left singular vectors; the last bond is
+    split as U√S and √S Vᴴ, then every core is scaled to one Frobenius norm (two cores have it already). The phase of a
+    singular pair is free and therefore fixed: the largest entry of the left vector, the first of equal ones, is
+    positive.
 
     Args:
         table: E, (V, D), finite.
@@ -172,25 +173,25 @@ def decompose(
     """
     _check_factors(table.shape, vocab_factors, feature_factors, ranks)
     (wide,) = _wide(table)
-    cores, s, vt = [], jnp.ones(1, wide.dtype), _digits_of(wide, vocab_factors, feature_factors).reshape(1, -1)
+    cores, s, vh = [], jnp.ones(1, wide.dtype), _digits_of(wide, vocab_factors, feature_factors).reshape(1, -1)
     for v, w, rank in zip(vocab_factors, feature_factors, ranks, strict=False):
         left = len(s)
-        u, s, vt = _svd((s[:, None] * vt).reshape(left * v * w, -1), rank)
+        u, s, vh = _svd((s[:, None] * vh).reshape(left * v * w, -1), rank)
         cores.append(u.reshape(left, v, w, rank).transpose(1, 0, 3, 2))
     cores[-1:] = [core * jnp.sqrt(s)[None, None, :, None] for core in cores[-1:]]
-    last = jnp.sqrt(s)[:, None] * vt
+    last = jnp.sqrt(s)[:, None] * vh
     cores.append(last.reshape(len(s), vocab_factors[-1], feature_factors[-1], 1).transpose(1, 0, 3, 2))
     return tuple(core.astype(table.dtype) for core in _balanced(cores))
 
 
 def refine(
-    table: Float[Array, "v d"], *cores: Float[Array, "_ _ _ _"], sweeps: int = 1
-) -> tuple[Float[Array, "_ _ _ _"], ...]:
+    table: Inexact[Array, "v d"], *cores: Inexact[Array, "_ _ _ _"], sweeps: int = 1
+) -> tuple[Inexact[Array, "_ _ _ _"], ...]:
     """Return cores that fit a table no worse: alternating least squares over the entries that the table has.
 
     Rows from V on and columns from D on carry no weight, which the decomposition of a table padded with zeros cannot
     express. A sweep goes from the first core to the last; each becomes the least squares solution for the others held
-    fixed, the shortest one where there are several. So the table that the cores make is unique, the cores are not.
+    fixed, the shortest one where there are several.
 
     Args:
         table: E, (V, D), finite; V ≤ Π v_k, D ≤ Π w_k.
@@ -198,10 +199,10 @@ def refine(
         sweeps: how often every core is renewed, at least 0.
 
     Returns:
-        As many cores, of the same shapes.
+        As many cores, of the same shapes, in the form that ``decompose`` gives.
 
     Raises:
-        ValueError: as in ``rows``.
+        ValueError: as in ``rows``, or a rank exceeds its matrix.
     """
     _table_shape(cores, *table.shape)
     vocab_factors, feature_factors = (tuple(core.shape[axis] for core in cores) for axis in (0, 3))
@@ -209,7 +210,9 @@ def refine(
     goal, seen = (_digits_of(x, vocab_factors, feature_factors) for x in (wide, jnp.ones_like(wide)))
     for k in list(range(len(cores))) * sweeps:
         fitted[k] = _best_core(goal, seen, fitted, k)
-    return tuple(new.astype(core.dtype) for new, core in zip(fitted, cores, strict=True))
+    ranks = tuple(core.shape[2] for core in cores[:-1])
+    found = decompose(_product(*fitted), vocab_factors=vocab_factors, feature_factors=feature_factors, ranks=ranks)
+    return tuple(new.astype(core.dtype) for new, core in zip(found, cores, strict=True))
 
 
 def _best_core(goal: Array, seen: Array, cores: list[Array], k: int) -> Array:
@@ -232,8 +235,8 @@ def _best_core(goal: Array, seen: Array, cores: list[Array], k: int) -> Array:
 
 
 def _digits_of(
-    matrix: Float[Array, "v d"], vocab_factors: tuple[int, ...], feature_factors: tuple[int, ...]
-) -> Float[Array, ...]:
+    matrix: Inexact[Array, "v d"], vocab_factors: tuple[int, ...], feature_factors: tuple[int, ...]
+) -> Inexact[Array, ...]:
     """Return the matrix, padded with zeros, as a tensor with axes i_1, d_1, i_2, d_2, …"""
     order, full = len(vocab_factors), (math.prod(vocab_factors), math.prod(feature_factors))
     padded = jnp.zeros(full, matrix.dtype).at[: matrix.shape[0], : matrix.shape[1]].set(matrix)
@@ -241,20 +244,21 @@ def _digits_of(
     return padded.reshape(*vocab_factors, *feature_factors).transpose(pairs)
 
 
-def _svd(matrix: Float[Array, "m n"], rank: int) -> tuple[Array, Array, Array]:
+def _svd(matrix: Inexact[Array, "m n"], rank: int) -> tuple[Array, Array, Array]:
     """Return the leading singular triplets; the largest entry of each left vector is positive."""
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0)[None], axis=0)[0]
-    sign = jnp.sign(largest)
-    return u * sign[None], s, vt * sign[:, None]
+    phase = largest / jnp.abs(largest).astype(largest.dtype)
+    return u / phase[None], s.astype(u.dtype), vh * phase[:, None]
 
 
 def _balanced(cores: list[Array]) -> list[Array]:
     """Return the cores scaled to one Frobenius norm, the geometric mean of theirs."""
     norms = jnp.stack([jnp.linalg.norm(core) for core in cores])
     shared = jnp.exp(jnp.mean(jnp.log(norms)))
-    return [core * jnp.where(shared > 0, shared / norm, 1.0) for core, norm in zip(cores, norms, strict=True)]
+    factors = jnp.where(shared > 0, shared / norms, 1.0).astype(cores[0].dtype)
+    return [core * factor for core, factor in zip(cores, factors, strict=True)]
 
 
 def _join(left: Inexact[Array, "p q a"], right: Inexact[Array, "q r b"]) -> Inexact[Array, "p r ab"]:
@@ -266,6 +270,11 @@ def _join(left: Inexact[Array, "p q a"], right: Inexact[Array, "q r b"]) -> Inex
 def _letters(core: Inexact[Array, "v p q w"]) -> Inexact[Array, "vw p q"]:
     """Return the slices of a core, one for each of its letters (i_k, d_k)."""
     return core.transpose(0, 3, 1, 2).reshape(-1, *core.shape[1:3])
+
+
+def _product(*cores: Inexact[Array, "_ _ _ _"]) -> Inexact[Array, "v d"]:
+    """Return the table that the cores hold, nothing cropped."""
+    return table(*cores)
 
 
 def _wide_logits(hidden: Array, cores: tuple[Array, ...], vocab_size: int | None) -> Array:
