@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn.functional import pad
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
@@ -211,22 +210,10 @@ def lns_matmul(
     return lns.logmatmulexp(a.to(wide), b.to(wide), mode=mode, backend=backend).float()
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, mode: Mode, guard: float, backend: str) -> Tensor:
-    """Return y (M, N) in the accumulation dtype, with derivatives in both directions."""
-    operands = (x, weight, bias)
-    if torch.compiler.is_compiling() or not any(_tangents(operands)):
-        return _Affine.apply(*operands, mode, guard, backend)
-    primals = tuple(None if t is None else unpack_dual(t).primal for t in operands)
-    value = _Affine.apply(*primals, mode, guard, backend)
-    tangent = unpack_dual(_linear_arithmetic(*operands, mode)).tangent
-    if guard:
-        tangent = torch.where(_cancels(primals[0], primals[1], primals[2], guard), 0.0, tangent)
-    return make_dual(value, tangent)
-
-
-def _tangents(operands: tuple[Tensor | None, ...]) -> list[bool]:
-    """Return which operands carry a forward-mode tangent."""
-    return [t is not None and unpack_dual(t).tangent is not None for t in operands]
+def _affine(*arguments: Any) -> Tensor:
+    """Return y (M, N) of x, W, b and the options, in the accumulation dtype, with derivatives in both directions."""
+    # A compiled graph takes no function with a forward-mode rule.
+    return (_Affine if torch.compiler.is_compiling() else _TransformableAffine).apply(*arguments)
 
 
 class _Affine(torch.autograd.Function):
@@ -234,23 +221,42 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mode: Mode, _guard: float, backend: str) -> Tensor:
-        factors = lns.encode(_with_one(x, bias)), lns.encode(_with_bias(weight, bias, x).mT)
-        return lns.decode(*lns.matmul(*factors[0], *factors[1], mode=mode, backend=backend))
+        # Without their tangents: the derivative is the business of the rules below, whatever the backend can do.
+        rows, columns = (lns.encode(matrix.detach()) for matrix in _matrices(x, weight, bias))
+        return lns.decode(*lns.matmul(*rows, *columns, mode=mode, backend=backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        x, weight, bias, ctx.mode, ctx.guard, _ = inputs
-        ctx.save_for_backward(x, weight, bias)
+        *operands, ctx.mode, ctx.guard, _ = inputs
+        ctx.save_for_backward(*operands)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, bias = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.guard:
-                g = torch.where(_cancels(x, weight, bias, ctx.guard), 0.0, g)
-            pull = _pull_sum if ctx.mode == "sum" else _pull_max
-            dx, dweight, dbias = pull(g, x, weight, bias, ctx.needs_input_grad)
-        return dx, dweight, dbias, None, None, None
+        operands = ctx.saved_tensors
+        pull = _pull_sum if ctx.mode == "sum" else _pull_max
+        with torch.autocast(g.device.type, enabled=False):
+            return *pull(_guarded(g, operands, ctx.guard), *operands, ctx.needs_input_grad), None, None, None
+
+
+class _TransformableAffine(_Affine):
+    """The same with rules for forward mode and for ``torch.vmap``, which runs one example after the other."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Affine.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        operands = ctx.saved_tensors
+        return _guarded(_push(operands, tangents[:3], ctx.mode), operands, ctx.guard)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        def example(i: int) -> list[Any]:
+            return [a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)]
+
+        return torch.stack([_affine(*example(i)) for i in range(info.batch_size)]), 0
 
 
 def _pull_sum(
@@ -266,7 +272,7 @@ def _pull_max(
     g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, _needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return what the chosen terms alone pass on, in the dtypes of x, W and b."""
-    rows, columns = _with_one(x, bias), _with_bias(weight, bias, x).mT
+    rows, columns = _matrices(x, weight, bias)
     chosen = first_largest(rows.detach(), columns.detach())
     drows = torch.zeros_like(rows).scatter_add(1, chosen, g * columns.gather(0, chosen))
     dcolumns = torch.zeros_like(columns).scatter_add(0, chosen, g * rows.gather(1, chosen))
@@ -275,32 +281,36 @@ def _pull_max(
     return drows[:, :width].to(x.dtype), dcolumns[:width].mT.to(weight.dtype), dbias
 
 
-def _linear_arithmetic(x: Tensor, weight: Tensor, bias: Tensor | None, mode: Mode) -> Tensor:
-    """Return the same map in ordinary arithmetic; it serves the forward-mode derivative alone."""
-    rows, columns = _with_one(x, bias), _with_bias(weight, bias, x).mT
+def _push(operands: tuple[Any, ...], tangents: tuple[Any, ...], mode: Mode) -> Tensor:
+    """Return the tangent of y for tangents of x, W and b, where None stands for zero."""
+    rows, columns = _matrices(*operands)
+    changes = (
+        None if o is None else torch.zeros_like(o) if t is None else t for o, t in zip(operands, tangents, strict=True)
+    )
+    drows, dcolumns = _matrices(*changes, one=0.0)
     if mode == "sum":
-        return rows @ columns
+        return drows @ columns + rows @ dcolumns
     chosen = first_largest(rows.detach(), columns.detach())
-    return rows.gather(1, chosen) * columns.gather(0, chosen)
+    return drows.gather(1, chosen) * columns.gather(0, chosen) + rows.gather(1, chosen) * dcolumns.gather(0, chosen)
 
 
-@torch.no_grad()
-def _cancels(x: Tensor, weight: Tensor, bias: Tensor | None, guard: float) -> Tensor:
-    """Return where |y_ij| < τ Σ_k|terms|, that is τκ > 1."""
-    factors = lns.encode(_with_one(x, bias)), lns.encode(_with_bias(weight, bias, x).mT)
-    return guard * lns.condition_number(*factors[0], *factors[1]) > 1
+def _guarded(g: Tensor, operands: tuple[Any, ...], guard: float) -> Tensor:
+    """Return g with zeros where |y_ij| < τ Σ_k|terms|, that is τκ > 1."""
+    if not guard:
+        return g
+    with torch.no_grad():
+        rows, columns = (lns.encode(matrix) for matrix in _matrices(*operands))
+        cancels = guard * lns.condition_number(*rows, *columns) > 1
+    return torch.where(cancels, 0.0, g)
 
 
-def _with_one(x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x in the accumulation dtype, with a column of ones where there is a bias."""
-    x = x.to(accumulation_dtype(x.dtype))
-    return x if bias is None else pad(x, (0, 1), value=1.0)
-
-
-def _with_bias(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return W in the accumulation dtype of x, with b as one more column."""
+def _matrices(x: Tensor, weight: Tensor, bias: Tensor | None, one: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return [x, 1] and [W, b]ᵀ, or x and Wᵀ without a bias, in the accumulation dtype of x."""
     dtype = accumulation_dtype(x.dtype)
-    return weight.to(dtype) if bias is None else torch.cat([weight.to(dtype), bias.to(dtype)[:, None]], 1)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if bias is None:
+        return x, weight.mT
+    return pad(x, (0, 1), value=one), torch.cat([weight, bias.to(dtype)[:, None]], 1).mT
 
 
 def _first_largest(rows: Tensor, columns: Tensor) -> Tensor:

@@ -102,6 +102,29 @@ def test_the_gradient_agrees_with_finite_differences_to_second_order():
     assert torch.autograd.gradgradcheck(run, (x, weight, bias))
 
 
+def test_transforms_give_what_the_dense_layer_gives():
+    x, weight, bias = sample()
+    ours, dense = layer_of(weight, bias), nn.Linear(9, 5, dtype=torch.float64)
+    dense.load_state_dict(ours.state_dict())
+
+    def results(layer):
+        def loss(x):
+            return layer(x).pow(3).sum()
+
+        def per_sample(parameters, row):
+            return torch.func.functional_call(layer, parameters, (row,)).square().sum()
+
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        yield torch.func.hessian(loss)(x)
+        yield torch.func.jvp(torch.func.grad(loss), (x,), (x.cos(),))[1]
+        yield torch.func.jacrev(layer)(x)
+        yield torch.func.vmap(layer, in_dims=1, out_dims=1)(x[:, None].repeat(1, 3, 1))
+        yield from torch.func.vmap(torch.func.grad(per_sample), in_dims=(None, 0))(parameters, x).values()
+
+    for a, b in zip(results(ours), results(dense), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["sum", "max"])
 def test_forward_mode_agrees_with_the_dense_tangent(mode):
     x, weight, bias = sample()
