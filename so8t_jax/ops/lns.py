@@ -8,7 +8,7 @@ Symbols: signs are int8, logs floating; a (M, K) and b (K, N) are the logs of th
 κ = Σ|terms| / |Σ terms| measures cancellation: a relative error u of the terms is κu in the result.
 The gradient is that of a signed softmax, ∂ln|S|/∂ℓ_k = s_k sign(S) exp(ℓ_k − ln|S|), and 0 where S = 0.
 Conventions: a term whose sign is 0 is zero whatever its log; a result whose log is −∞ has sign 0; NaN reaches the
-results that it enters and no others, with sign +1; +∞ gives +∞, and ∞ − ∞ is NaN.
+results that it enters and no others, with a sign that is not 0; +∞ gives +∞, and ∞ − ∞ is NaN.
 Cost: M K N exponentials; production needs M K + K N. Derivation: docs/math/lns.md.
 """
 
@@ -78,7 +78,7 @@ def add(
     sign_b: Int8[Array, "*#shape"],
     log_b: Float[Array, "*#shape"],
 ) -> tuple[Int8[Array, "*shape"], Float[Array, "*shape"]]:
-    """Return the sums a + b, entry by entry with broadcasting.
+    """Return the sums a + b, entry by entry with broadcasting: max + ln(1 ± exp(−d)), d the distance of the logs.
 
     Args:
         sign_a: signs of the first terms.
@@ -89,8 +89,17 @@ def add(
     Returns:
         sign and log of a + b; (0, −∞) with zero gradient where they cancel exactly.
     """
-    sign_a, log_a, sign_b, log_b = jnp.broadcast_arrays(sign_a, log_a, sign_b, log_b)
-    return sum(jnp.stack([sign_a, sign_b], axis=-1), jnp.stack([log_a, log_b], axis=-1))
+    a, b = _counted(sign_a, log_a), _counted(sign_b, log_b)
+    ordered = a >= b
+    large, small = jnp.where(ordered, a, b), jnp.where(ordered, b, a)
+    opposed = sign_a * sign_b < 0
+    gap = jnp.where(jnp.isinf(large) | (opposed & (large == small)), 1.0, large - small)
+    shrunk = jnp.log(-jnp.expm1(-jnp.where(opposed, gap, 1.0)))
+    log = large + jnp.where(opposed, shrunk, jnp.log1p(jnp.exp(-gap)))
+    log = jnp.where(opposed & (large == small), jnp.where(large == jnp.inf, jnp.nan, -jnp.inf), log)
+    zero, undefined = log == -jnp.inf, jnp.isnan(log)
+    sign = jnp.where(zero, 0, jnp.where(undefined, 1, jnp.where(ordered, sign_a, sign_b))).astype(jnp.int8)
+    return sign, jnp.where(zero, -jnp.inf, log)
 
 
 def sub(
