@@ -16,9 +16,8 @@ Operation: so8t_torch/ops/lns. Derivation: docs/math/lns.md.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,7 +31,7 @@ from so8t_torch.ops import lns
 __all__ = ["Conversion", "LNSLinear", "convert_linear_to_lns", "lns_matmul"]
 
 Mode = Literal["sum", "max"]
-M = TypeVar("M", bound=nn.Module)
+Operands = tuple[Tensor, Tensor, Tensor | None]
 
 TERMS = 1 << 20
 """Terms x_ik W_jk held at once while the largest of a sum is looked for: 4 MB in float32."""
@@ -48,7 +47,7 @@ class LNSLinear(nn.Linear):
         out_features: N, at least 1.
         bias: whether b is one more term of every sum.
         mode: ``"sum"``, or ``"max"``: the term of largest magnitude stands for the sum (max-log arithmetic).
-        cancellation_guard: τ in [0, 1]; where |y_ij| < τ Σ_k|terms| that output passes no gradient. 0 means never.
+        cancellation_guard: τ in [0, 1); where |y_ij| < τ Σ_k|terms| that output passes no gradient. 0 means never.
             The value of y is not changed. Has no place in mode ``"max"``, which adds nothing up.
         backend: of ``ops.lns.matmul``.
         device: of the parameters.
@@ -222,20 +221,20 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mode: Mode, _guard: float, backend: str) -> Tensor:
         # Without their tangents: the derivative is the business of the rules below, whatever the backend can do.
-        rows, columns = (lns.encode(matrix.detach()) for matrix in _matrices(x, weight, bias))
+        rows, columns = (lns.encode(matrix.detach()) for matrix in _matrices((x, weight, bias)))
         return lns.decode(*lns.matmul(*rows, *columns, mode=mode, backend=backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        *operands, ctx.mode, ctx.guard, _ = inputs
-        ctx.save_for_backward(*operands)
+        ctx.mode, *ctx.guard = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         operands = ctx.saved_tensors
         pull = _pull_sum if ctx.mode == "sum" else _pull_max
         with torch.autocast(g.device.type, enabled=False):
-            return *pull(_guarded(g, operands, ctx.guard), *operands, ctx.needs_input_grad), None, None, None
+            return *pull(_guarded(g, operands, *ctx.guard), operands, ctx.needs_input_grad), None, None, None
 
 
 class _TransformableAffine(_Affine):
@@ -249,7 +248,7 @@ class _TransformableAffine(_Affine):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         operands = ctx.saved_tensors
-        return _guarded(_push(operands, tangents[:3], ctx.mode), operands, ctx.guard)
+        return _guarded(_push(operands, tangents[:3], ctx.mode), operands, *ctx.guard)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -259,20 +258,18 @@ class _TransformableAffine(_Affine):
         return torch.stack([_affine(*example(i)) for i in range(info.batch_size)]), 0
 
 
-def _pull_sum(
-    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
+def _pull_sum(g: Tensor, operands: Operands, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return g W, gᵀ x and Σ_i g_i in the dtypes of x, W and b, as far as they are needed."""
+    x, weight, bias = operands
     dx = (g @ weight.to(g.dtype)).to(x.dtype) if needed[0] else None
     dweight = (g.mT @ x.to(g.dtype)).to(weight.dtype) if needed[1] else None
     return dx, dweight, g.sum(0).to(bias.dtype) if needed[2] and bias is not None else None
 
 
-def _pull_max(
-    g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, _needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
+def _pull_max(g: Tensor, operands: Operands, _needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return what the chosen terms alone pass on, in the dtypes of x, W and b."""
-    rows, columns = _matrices(x, weight, bias)
+    x, weight, bias = operands
+    rows, columns = _matrices(operands)
     chosen = first_largest(rows.detach(), columns.detach())
     drows = torch.zeros_like(rows).scatter_add(1, chosen, g * columns.gather(0, chosen))
     dcolumns = torch.zeros_like(columns).scatter_add(0, chosen, g * rows.gather(1, chosen))
@@ -281,31 +278,34 @@ def _pull_max(
     return drows[:, :width].to(x.dtype), dcolumns[:width].mT.to(weight.dtype), dbias
 
 
-def _push(operands: tuple[Any, ...], tangents: tuple[Any, ...], mode: Mode) -> Tensor:
+def _push(operands: Operands, tangents: tuple[Tensor | None, ...], mode: Mode) -> Tensor:
     """Return the tangent of y for tangents of x, W and b, where None stands for zero."""
-    rows, columns = _matrices(*operands)
-    changes = (
-        None if o is None else torch.zeros_like(o) if t is None else t for o, t in zip(operands, tangents, strict=True)
-    )
-    drows, dcolumns = _matrices(*changes, one=0.0)
+    x, weight, bias = operands
+    dx, dweight, dbias = tangents
+    dx = torch.zeros_like(x) if dx is None else dx
+    dweight = torch.zeros_like(weight) if dweight is None else dweight
+    dbias = torch.zeros_like(bias) if bias is not None and dbias is None else dbias
+    rows, columns = _matrices(operands)
+    drows, dcolumns = _matrices((dx, dweight, dbias), one=0.0)
     if mode == "sum":
         return drows @ columns + rows @ dcolumns
     chosen = first_largest(rows.detach(), columns.detach())
     return drows.gather(1, chosen) * columns.gather(0, chosen) + rows.gather(1, chosen) * dcolumns.gather(0, chosen)
 
 
-def _guarded(g: Tensor, operands: tuple[Any, ...], guard: float) -> Tensor:
+def _guarded(g: Tensor, operands: Operands, guard: float, backend: str) -> Tensor:
     """Return g with zeros where |y_ij| < τ Σ_k|terms|, that is τκ > 1."""
     if not guard:
         return g
     with torch.no_grad():
-        rows, columns = (lns.encode(matrix) for matrix in _matrices(*operands))
-        cancels = guard * lns.condition_number(*rows, *columns) > 1
+        rows, columns = (lns.encode(matrix) for matrix in _matrices(operands))
+        cancels = guard * lns.condition_number(*rows, *columns, backend=backend) > 1
     return torch.where(cancels, 0.0, g)
 
 
-def _matrices(x: Tensor, weight: Tensor, bias: Tensor | None, one: float = 1.0) -> tuple[Tensor, Tensor]:
+def _matrices(operands: Operands, one: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return [x, 1] and [W, b]ᵀ, or x and Wᵀ without a bias, in the accumulation dtype of x."""
+    x, weight, bias = operands
     dtype = accumulation_dtype(x.dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     if bias is None:
@@ -371,7 +371,7 @@ def _check_options(name: str, mode: str, guard: float) -> None:
     """Raise unless the mode is known and the guard is a share that the mode can use."""
     if mode not in ("sum", "max"):
         raise ConfigError(f"{name}: expected mode 'sum' or 'max', got {mode!r}.")
-    if math.isnan(guard) or not 0 <= guard <= 1:
-        raise ConfigError(f"{name}: expected cancellation_guard in [0, 1] (0 means none), got {guard!r}.")
+    if not 0.0 <= guard < 1.0:
+        raise ConfigError(f"{name}: expected cancellation_guard in [0, 1) (0 means none), got {guard!r}.")
     if mode == "max" and guard:
         raise ConfigError(f"{name}: mode 'max' adds nothing up, so nothing cancels; leave cancellation_guard at 0.")
