@@ -48,7 +48,7 @@ def launch(
     first = tiles[0]
     if interpreting():
         # The interpreter computes with NumPy, which warns about infinities and NaN; a device does not.
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             kernel[grid](**arguments, **first.constants)
         return
     if len(tiles) == 1:

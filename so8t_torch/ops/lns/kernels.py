@@ -1,0 +1,598 @@
+"""Triton kernels of the sign–log matrix product and their launchers.
+
+    rescaled   S_ij = Σ_k s e^{a_ik − α_i} t e^{b_kj − β_j},  c = ln|S| + α_i + β_j,  accepted where no rounding matters
+    blocked    the same with maxima of 32 indices k at a time, merged online, for tiles where much was not accepted
+    streamed   m ← max(m, p), S ← S e^{m − m'} + s t e^{p − m'} term by term, p = a_ik + b_kj: any range
+    entry      streamed in float64, one output at a time: what is left, where the sign is in doubt
+    largest    max_k (a_ik + b_kj), the first of equals
+    gradient   da_ik = s Σ_j [g_ij s_c e^{α_i + β_j − c_ij}] [t e^{b_kj − β_j}] · e^{a_ik − α_i}, α and β of a tile
+
+Each kernel of the ladder leaves at once where nothing is pending, so that only rejected tiles pay, and the host never
+waits. Sums run in float32 (IEEE, never TF32), in float64 for float64. Derivation of the bounds: docs/math/lns.md.
+"""
+
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
+# Triton reads annotations and knows tl.constexpr only, so that kernels cannot carry ordinary types.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from so8t_torch.core.launch import Grid, Tile, launch
+from so8t_torch.core.precision import accumulation_dtype
+
+
+def _tile(rows: int, columns: int, depth: int, stages: int, warps: int) -> Tile:
+    return Tile(warps=warps, stages=stages, constants={"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth})
+
+
+ORIGINAL_TILES = (
+    _tile(128, 256, 64, 3, 8),
+    _tile(64, 256, 32, 4, 4),
+    _tile(128, 128, 32, 4, 4),
+    _tile(128, 64, 32, 4, 4),
+    _tile(64, 128, 32, 4, 4),
+    _tile(128, 32, 32, 4, 4),
+    _tile(64, 32, 32, 5, 2),
+    _tile(32, 64, 32, 5, 2),
+)
+FORWARD_TILES = (_tile(64, 64, 32, 2, 4), *ORIGINAL_TILES)
+LADDER_TILE = _tile(32, 32, 32, 1, 4)
+LADDER_TILES = (LADDER_TILE,)
+STREAMED_TILES = (Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_N": 32}),)
+ENTRY_TILES = (Tile(warps=4, constants={"BLOCK_N": 128, "BLOCK_K": 256}),)
+LARGEST_TILES = (
+    Tile(warps=4, constants={"BLOCK_M": 64, "BLOCK_N": 64}),
+    Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_N": 64}),
+    Tile(warps=8, constants={"BLOCK_M": 64, "BLOCK_N": 128}),
+)
+SHIFT_TILES = (Tile(warps=4, constants={"ROWS": 32, "BLOCK_K": 64}),)
+GRADIENT_TILES = (_tile(64, 32, 64, 2, 4), _tile(32, 32, 32, 2, 4))
+SCATTER_TILES = (Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_K": 64}),)
+
+
+@triton.jit
+def _corner(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Return the matrix of the batch and the first row and column of this program; eight tiles of rows go together."""
+    down = tl.cdiv(rows, BLOCK_ROWS)
+    across = tl.cdiv(columns, BLOCK_COLUMNS)
+    matrix = (tl.program_id(0) // (down * across)).to(tl.int64)
+    at = tl.program_id(0) % (down * across)
+    group = at // (8 * across)
+    height = tl.minimum(down - group * 8, 8)
+    within = at % (8 * across)
+    return matrix, (group * 8 + within % height) * BLOCK_ROWS, (within // height) * BLOCK_COLUMNS
+
+
+@triton.jit
+def _factor(sign_ptr, log_ptr, first, at, in_range, shift, dtype: tl.constexpr):
+    """Return s e^{ℓ − shift} of a tile, 0 outside."""
+    log = tl.load(log_ptr + first + at, mask=in_range, other=float("-inf")).to(dtype)
+    value = tl.exp(log - _finite(shift))
+    if sign_ptr is not None:
+        sign = tl.load(sign_ptr + first + at, mask=in_range, other=0)
+        value = tl.where(sign > 0, value, tl.where(sign < 0, -value, 0.0))
+    return value
+
+
+@triton.jit
+def _counted(sign_ptr, log_ptr, at, in_range, dtype: tl.constexpr):
+    """Return signs (or +1) and logs: −∞ where the sign is 0 and outside."""
+    log = tl.load(log_ptr + at, mask=in_range, other=float("-inf")).to(dtype)
+    if sign_ptr is None:
+        sign = tl.full(log.shape, 1.0, dtype)
+    else:
+        sign = tl.load(sign_ptr + at, mask=in_range, other=0).to(dtype)
+        log = tl.where(sign == 0.0, float("-inf"), log)
+    return sign, log
+
+
+@triton.jit
+def _finite(shift):
+    """Return the shift, 0 in place of −∞, so that −∞ − shift stays −∞."""
+    return tl.where(shift == float("-inf"), 0.0, shift)
+
+
+@triton.jit
+def _signed(sign, magnitude):
+    """Return s·e, exactly 0 for s = 0."""
+    return tl.where(sign > 0.0, magnitude, tl.where(sign < 0.0, -magnitude, 0.0))
+
+
+@triton.jit
+def shift_kernel(
+    sign_ptr, log_ptr, shift_ptr, norm_ptr, rows, K, stride_batch, stride_row, stride_k,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """α_i = max_k a_ik, +∞ where a row is not finite, and n_i² = Σ_k ((1 + y) e^{−y})², y = α_i − a_ik."""
+    dtype: tl.constexpr = shift_ptr.dtype.element_ty
+    strips = tl.cdiv(rows, ROWS)
+    matrix = (tl.program_id(0) // strips).to(tl.int64)
+    i = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
+    first = matrix * stride_batch + i.to(tl.int64) * stride_row
+    peak = tl.full([ROWS], float("-inf"), dtype)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_range = (i[:, None] < rows) & (k[None, :] < K)
+        _, log = _counted(sign_ptr, log_ptr, first[:, None] + k[None, :].to(tl.int64) * stride_k, in_range, dtype)
+        peak = tl.maximum(peak, tl.max(tl.where(log < float("inf"), log, float("inf")), axis=1))
+    tl.store(shift_ptr + matrix * rows + i, peak, mask=i < rows)
+    if norm_ptr is not None:
+        total = tl.zeros([ROWS], dtype)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            in_range = (i[:, None] < rows) & (k[None, :] < K)
+            _, log = _counted(sign_ptr, log_ptr, first[:, None] + k[None, :].to(tl.int64) * stride_k, in_range, dtype)
+            y = _finite(peak)[:, None] - log
+            weight = tl.where(log == float("-inf"), 0.0, (1.0 + y) * tl.exp(-y))
+            total += tl.sum(weight * weight, axis=1)
+        tl.store(norm_ptr + matrix * rows + i, tl.sqrt(total), mask=i < rows)
+
+
+@triton.jit
+def forward_kernel(
+    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, shift_a_ptr, norm_a_ptr, shift_b_ptr, norm_b_ptr,
+    sign_c_ptr, log_c_ptr, rung_ptr, M, N, K, SMALLEST: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """c_ij = ln|S_ij| + α_i + β_j; rung 0 where |S_ij| exceeds what rounding and underflow can do to it, else −1."""
+    dtype: tl.constexpr = log_c_ptr.dtype.element_ty
+    matrix, top, left = _corner(M, N, BLOCK_M, BLOCK_N)
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_in, column_in = i < M - top, j < N - left
+    row, column = matrix * M + top, matrix * N + left
+    alpha = tl.load(shift_a_ptr + row + i, mask=row_in, other=0.0)
+    beta = tl.load(shift_b_ptr + column + j, mask=column_in, other=0.0)
+    # beyond the last row it is computed again, and not stored
+    at_a = tl.minimum(i, M - 1 - top)[:, None] * K
+    S = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, K, BLOCK_K):
+        deep = k < K - start
+        from_b = (matrix * K + start) * N + left
+        EA = _factor(sign_a_ptr, log_a_ptr, row * K + start, at_a + k[None, :], deep[None, :], alpha[:, None], dtype)
+        EB = _factor(
+            sign_b_ptr, log_b_ptr, from_b, k[:, None] * N + j[None, :], deep[:, None] & column_in[None, :],
+            beta[None, :], dtype,
+        )  # fmt: skip
+        # fma keeps the sums of BLOCK_K terms apart: their rounding then grows as BLOCK_K + K / BLOCK_K, not as K
+        S = tl.fma(tl.dot(EA, EB, input_precision="ieee", out_dtype=dtype), tl.full(S.shape, 1.0, dtype), S)
+    size = tl.abs(S)
+    bound = tl.full(S.shape, SMALLEST, dtype) * K
+    if sign_c_ptr is not None:
+        n = tl.load(norm_a_ptr + row + i, mask=row_in, other=0.0)
+        m = tl.load(norm_b_ptr + column + j, mask=column_in, other=0.0)
+        bound = tl.maximum(bound, (UNIT * (BLOCK_K + K // BLOCK_K + 10) * n)[:, None] * m[None, :])
+    finite = tl.maximum(alpha[:, None], beta[None, :]) < float("inf")
+    zero = (tl.minimum(alpha[:, None], beta[None, :]) == float("-inf")) & finite
+    accepted = zero | ((size > bound) & (size < float("inf")) & finite)
+    inside = row_in[:, None] & column_in[None, :]
+    corner = row * N + left
+    at = i[:, None] * N + j[None, :]
+    c = tl.where(zero, float("-inf"), tl.log(size) + (alpha[:, None] + beta[None, :]))
+    tl.store(log_c_ptr + corner + at, c, mask=inside)
+    tl.store(rung_ptr + corner + at, tl.where(accepted, 0, -1).to(tl.int8), mask=inside)
+    if sign_c_ptr is not None:
+        tl.store(sign_c_ptr + corner + at, _sign_of(tl.where(zero, 0.0, S)), mask=inside)
+
+
+@triton.jit
+def _sign_of(x):
+    """Return −1, 0 or +1 as int8; +1 for NaN."""
+    return tl.where(x == 0.0, 0, tl.where(x < 0.0, -1, 1)).to(tl.int8)
+
+
+@triton.jit
+def blocked_kernel(
+    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, sign_c_ptr, log_c_ptr, rung_ptr, M, N, K, few,
+    SMALLEST: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Where more than ``few`` outputs of a tile are pending: maxima of BLOCK_K indices at a time, merged online."""
+    dtype: tl.constexpr = log_c_ptr.dtype.element_ty
+    matrix, top, left = _corner(M, N, BLOCK_M, BLOCK_N)
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_in, column_in = i < M - top, j < N - left
+    row = matrix * M + top
+    at_c = row * N + left + i[:, None] * N + j[None, :]
+    pending = tl.load(rung_ptr + at_c, mask=row_in[:, None] & column_in[None, :], other=0) == -1
+    if tl.sum(pending.to(tl.int32)) > few:
+        m = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype)
+        S = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+        T = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            at_a = row * K + i[:, None] * K + k[None, :]
+            at_b = (matrix * K + start) * N + left + (k - start)[:, None] * N + j[None, :]
+            s, a = _counted(sign_a_ptr, log_a_ptr, at_a, row_in[:, None] & (k[None, :] < K), dtype)
+            t, b = _counted(sign_b_ptr, log_b_ptr, at_b, (k[:, None] < K) & column_in[None, :], dtype)
+            alpha = tl.max(a, axis=1)
+            beta = tl.max(b, axis=0)
+            EA = tl.exp(a - _finite(alpha)[:, None])
+            EB = tl.exp(b - _finite(beta)[None, :])
+            here = alpha[:, None] + beta[None, :]
+            highest = tl.maximum(m, here)
+            before = tl.exp(m - _finite(highest))
+            fresh = tl.exp(here - _finite(highest))
+            m = highest
+            T = T * before + fresh * tl.dot(EA, EB, input_precision="ieee", out_dtype=dtype)
+            if sign_c_ptr is not None:
+                S = S * before + fresh * tl.dot(_signed(s, EA), _signed(t, EB), input_precision="ieee", out_dtype=dtype)
+        if sign_c_ptr is None:
+            S = T
+        size = tl.abs(S)
+        bound = tl.full(S.shape, SMALLEST, dtype) * K
+        if sign_c_ptr is not None:
+            # Σ t ln(1/t) ≤ T ln(K/T): what rounding of the exponents costs
+            rounding = BLOCK_K + 4 * (K // BLOCK_K) + 20 + 3.0 * tl.log(K / T)
+            bound = tl.maximum(bound, UNIT * T * rounding)
+        zero = (m == float("-inf")) & (T == 0.0)
+        accepted = pending & (zero | ((size > bound) & (size < float("inf"))))
+        tl.store(log_c_ptr + at_c, tl.where(zero, float("-inf"), tl.log(size) + m), mask=accepted)
+        tl.store(rung_ptr + at_c, tl.full(S.shape, 2, tl.int8), mask=accepted)
+        if sign_c_ptr is not None:
+            tl.store(sign_c_ptr + at_c, _sign_of(S), mask=accepted)
+
+
+@triton.jit
+def streamed_kernel(
+    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, sign_c_ptr, log_c_ptr, rung_ptr, M, N, K, few,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where more than ``few`` outputs of a tile are pending: one exponential per term, exact for every range."""
+    dtype: tl.constexpr = log_c_ptr.dtype.element_ty
+    matrix, top, left = _corner(M, N, BLOCK_M, BLOCK_N)
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_in, column_in = i < M - top, j < N - left
+    row = matrix * M + top
+    at_c = row * N + left + i[:, None] * N + j[None, :]
+    pending = tl.load(rung_ptr + at_c, mask=row_in[:, None] & column_in[None, :], other=0) == -1
+    if tl.sum(pending.to(tl.int32)) > few:
+        at_a = row * K + i * K
+        at_b = matrix * K * N + left + j
+        m = tl.full([BLOCK_M, BLOCK_N], -3e38, dtype)
+        S = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+        T = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+        special = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+        for k in range(K):
+            s, a = _counted(sign_a_ptr, log_a_ptr, at_a + k, row_in, dtype)
+            t, b = _counted(sign_b_ptr, log_b_ptr, at_b + tl.cast(k, tl.int64) * N, column_in, dtype)
+            p = a[:, None] + b[None, :]
+            sign = s[:, None] * t[None, :]
+            p = tl.where(sign == 0.0, float("-inf"), p)
+            special += tl.where(p < float("inf"), 0.0, sign * p)
+            p = tl.where(p < float("inf"), p, float("-inf"))
+            small = tl.exp(-tl.abs(p - m))
+            grows = p > m
+            S = tl.where(grows, S * small + sign, S + sign * small)
+            T = tl.where(grows, T * small + 1.0, T + small)
+            m = tl.maximum(m, p)
+        zero = T == 0.0
+        usual = special == 0.0
+        decided = ~usual | zero
+        if sign_c_ptr is None:
+            decided = decided | (T > 0.0)
+        else:
+            decided = decided | (tl.abs(S) > UNIT * T * (6.0 * K + 32.0 + 2.0 * tl.abs(m)))
+        value = tl.where(usual, tl.where(zero, float("-inf"), tl.log(tl.abs(S)) + m), tl.abs(special))
+        tl.store(log_c_ptr + at_c, value, mask=pending & decided)
+        tl.store(rung_ptr + at_c, tl.full(S.shape, 4, tl.int8), mask=pending & decided)
+        if sign_c_ptr is not None:
+            tl.store(sign_c_ptr + at_c, _sign_of(tl.where(usual, S, special)), mask=pending & decided)
+
+
+@triton.jit
+def entry_kernel(
+    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, sign_c_ptr, log_c_ptr, rung_ptr, M, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Each pending output of a strip of a row in float64: rung 3, or −3 where even that leaves the sign in doubt."""
+    strips = tl.cdiv(N, BLOCK_N)
+    i = (tl.program_id(0) // strips).to(tl.int64)
+    j = (tl.program_id(0) % strips) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pending = (tl.load(rung_ptr + i * N + j, mask=j < N, other=0) == -1).to(tl.int32)
+    order = tl.cumsum(pending, axis=0) * pending
+    at_b = i // M * K * N
+    for entry in range(1, tl.sum(pending) + 1):
+        column = tl.sum(tl.where(order == entry, j, 0))
+        m = tl.full([1], float("-inf"), tl.float64)
+        S = tl.zeros([1], tl.float64)
+        T = tl.zeros([1], tl.float64)
+        special = tl.zeros([1], tl.float64)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            s, a = _counted(sign_a_ptr, log_a_ptr, i * K + k, k < K, tl.float64)
+            t, b = _counted(sign_b_ptr, log_b_ptr, at_b + k.to(tl.int64) * N + column, k < K, tl.float64)
+            sign = tl.where(k < K, s * t, 0.0)
+            p = tl.where(sign == 0.0, float("-inf"), a + b)
+            special += tl.sum(tl.where(p < float("inf"), 0.0, sign * p), axis=0)
+            p = tl.where(p < float("inf"), p, float("-inf"))
+            highest = tl.maximum(m, tl.max(p, axis=0))
+            before = tl.exp(m - _finite(highest))
+            term = tl.exp(p - _finite(highest))
+            S = S * before + tl.sum(sign * term, axis=0)
+            T = T * before + tl.sum(term, axis=0)
+            m = highest
+        zero = T == 0.0
+        usual = special == 0.0
+        decided = ~usual | zero | (tl.abs(S) > 1.2e-16 * T * (2.0 * K + 16.0 + tl.abs(_finite(m))))
+        value = tl.where(usual, tl.where(zero, float("-inf"), tl.log(tl.abs(S)) + m), tl.abs(special))
+        at_c = i * N + column + tl.arange(0, 1)
+        tl.store(log_c_ptr + at_c, value.to(log_c_ptr.dtype.element_ty))
+        tl.store(rung_ptr + at_c, tl.where(decided, 3, -3).to(tl.int8))
+        if sign_c_ptr is not None:
+            tl.store(sign_c_ptr + at_c, _sign_of(tl.where(usual, S, special)))
+
+
+@triton.jit
+def largest_kernel(
+    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, sign_c_ptr, log_c_ptr, index_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """c_ij = max_k (a_ik + b_kj), and which k came first, −1 where every term is zero; the first NaN wins."""
+    dtype: tl.constexpr = log_c_ptr.dtype.element_ty
+    matrix, top, left = _corner(M, N, BLOCK_M, BLOCK_N)
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_in, column_in = i < M - top, j < N - left
+    from_a = (matrix * M + top) * K
+    from_b = matrix * K * N + left
+    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), dtype)
+    index = tl.full([BLOCK_M, BLOCK_N], -1, tl.int32)
+    for k in range(K):
+        s, a = _counted(sign_a_ptr, log_a_ptr, from_a + k + i * K, row_in, dtype)
+        t, b = _counted(sign_b_ptr, log_b_ptr, from_b + tl.cast(k, tl.int64) * N + j, column_in, dtype)
+        p = a[:, None] + b[None, :]
+        if sign_a_ptr is not None:
+            p = tl.where(s[:, None] * t[None, :] == 0.0, float("-inf"), p)
+        better = (p > best) | ((p != p) & (best == best))
+        best = tl.where(better, p, best)
+        index = tl.where(better, k, index)
+    at_c = (matrix * M + top) * N + left + i[:, None] * N + j[None, :]
+    inside = row_in[:, None] & column_in[None, :]
+    tl.store(log_c_ptr + at_c, best, mask=inside)
+    if index_ptr is not None:
+        tl.store(index_ptr + at_c, index, mask=inside)
+    if sign_c_ptr is not None:
+        found = inside & (index >= 0)
+        s = tl.load(sign_a_ptr + from_a + i[:, None] * K + index, mask=found, other=0)
+        t = tl.load(sign_b_ptr + from_b + index.to(tl.int64) * N + j[None, :], mask=found, other=0)
+        tl.store(sign_c_ptr + at_c, tl.where(best == best, s * t, 1).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def scatter_kernel(
+    g_ptr, index_ptr, da_ptr, rows, columns, K, stride_row, stride_column, stride_da_row, stride_da_k,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """da_ik = Σ_j g_ij [k is the first largest of (i, j)], in the order of j: no atomics."""
+    dtype: tl.constexpr = da_ptr.dtype.element_ty
+    matrix, top, left = _corner(rows, K, BLOCK_M, BLOCK_K)
+    i, k = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_K)
+    row = i < rows
+    first = matrix * rows * columns + i.to(tl.int64) * stride_row
+    da = tl.zeros([BLOCK_M, BLOCK_K], dtype)
+    for j in range(columns):
+        at = first + tl.cast(j, tl.int64) * stride_column
+        index = tl.load(index_ptr + at, mask=row, other=-1)
+        g = tl.load(g_ptr + at, mask=row, other=0.0)
+        da += tl.where(index[:, None] == k[None, :], g[:, None], 0.0)
+    at_da = matrix * rows * K + i[:, None].to(tl.int64) * stride_da_row + k[None, :].to(tl.int64) * stride_da_k
+    tl.store(da_ptr + at_da, da, mask=row[:, None] & (k[None, :] < K))
+
+
+@triton.jit
+def gradient_kernel(
+    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, sign_c_ptr, log_c_ptr, g_ptr, da_ptr, rows, columns, K,
+    stride_a_row, stride_a_k, stride_b_k, stride_b_column, stride_c_row, stride_c_column, LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """da_ik = Σ_j g_ij s_ik t_kj s_ij exp(a_ik + b_kj − c_ij); zero where c_ij or a_ik is −∞."""
+    dtype: tl.constexpr = da_ptr.dtype.element_ty
+    matrix, top, left = _corner(rows, K, BLOCK_M, BLOCK_K)
+    i, k, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+    row_in, depth_in = i < rows - top, k < K - left
+    inside = row_in[:, None] & depth_in[None, :]
+    from_a = matrix * rows * K + tl.cast(top, tl.int64) * stride_a_row + tl.cast(left, tl.int64) * stride_a_k
+    from_b = matrix * K * columns + tl.cast(left, tl.int64) * stride_b_k
+    from_c = matrix * rows * columns + tl.cast(top, tl.int64) * stride_c_row
+    at_a = from_a + i[:, None] * stride_a_row + k[None, :] * stride_a_k
+    _, a = _counted(sign_a_ptr, log_a_ptr, at_a, inside, dtype)
+    alpha = tl.max(a, axis=1)
+    factored = tl.zeros([BLOCK_M, BLOCK_K], dtype)
+    beyond = tl.zeros([BLOCK_M, BLOCK_K], dtype)
+    for start in range(0, columns, BLOCK_N):
+        column_in = j < columns - start
+        at_b = from_b + tl.cast(start, tl.int64) * stride_b_column
+        at_b += j[:, None] * stride_b_column + k[None, :] * stride_b_k
+        t, b = _counted(sign_b_ptr, log_b_ptr, at_b, column_in[:, None] & depth_in[None, :], dtype)
+        at_c = from_c + tl.cast(start, tl.int64) * stride_c_column
+        at_c += i[:, None] * stride_c_row + j[None, :] * stride_c_column
+        sign, c = _counted(sign_c_ptr, log_c_ptr, at_c, row_in[:, None] & column_in[None, :], dtype)
+        g = tl.load(g_ptr + at_c, mask=row_in[:, None] & column_in[None, :], other=0.0)
+        beta = tl.max(b, axis=1)
+        excess = tl.where(c == float("-inf"), float("-inf"), alpha[:, None] + beta[None, :] - c)
+        wide = excess > LIMIT
+        W = tl.where((excess == float("-inf")) | wide, 0.0, g * sign * tl.exp(excess))
+        EB = _signed(t, tl.exp(b - _finite(beta)[:, None]))
+        factored += tl.dot(W, EB, input_precision="ieee", out_dtype=dtype)
+        if tl.sum(wide.to(tl.int32)) > 0:
+            for one in range(start, tl.minimum(start + BLOCK_N, columns)):
+                at_c_one = from_c + tl.cast(one, tl.int64) * stride_c_column + i * stride_c_row
+                sign_one, c_one = _counted(sign_c_ptr, log_c_ptr, at_c_one, row_in, dtype)
+                g_one = tl.load(g_ptr + at_c_one, mask=row_in, other=0.0)
+                at_b_one = from_b + tl.cast(one, tl.int64) * stride_b_column + k * stride_b_k
+                t_one, b_one = _counted(sign_b_ptr, log_b_ptr, at_b_one, depth_in, dtype)
+                chosen = (c_one > float("-inf")) & (alpha + tl.max(b_one, axis=0) - c_one > LIMIT)
+                weight = tl.exp(a - c_one[:, None] + b_one[None, :])
+                weight *= (g_one * sign_one)[:, None] * t_one[None, :]
+                beyond += tl.where(chosen[:, None] & (b_one > float("-inf"))[None, :], weight, 0.0)
+    s, a = _counted(sign_a_ptr, log_a_ptr, at_a, inside, dtype)
+    EA = tl.exp(a - _finite(alpha)[:, None])
+    da = tl.where(a == float("-inf"), 0.0, s * (EA * factored + beyond))
+    tl.store(da_ptr + at_a, da, mask=inside)
+
+
+def matmul(
+    sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor, mode: str
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return sign, log and rung of (batch, M, K) · (batch, K, N), or of two matrices; no sign means that all are +1.
+
+    Returns:
+        sign (int8, or None without signs), log in the accumulation dtype, rung (int8): 0 rescaled, 2 blocked,
+        3 float64, 4 streamed, and −3 where float64 leaves the sign in doubt. Mode ``"max"`` is rung 0 throughout.
+    """
+    if log_a.ndim == 2:
+        found = matmul(_batch_of_one(sign_a), log_a[None], _batch_of_one(sign_b), log_b[None], mode)
+        return None if found[0] is None else found[0][0], found[1][0], found[2][0]
+    operands, (batch, M, N, K) = _operands(sign_a, log_a, sign_b, log_b)
+    dtype = accumulation_dtype(log_a.dtype)
+    log = torch.empty(batch, M, N, dtype=dtype, device=log_a.device)
+    sign = None if operands["sign_a_ptr"] is None else torch.empty(log.shape, dtype=torch.int8, device=log.device)
+    rung = torch.zeros(log.shape, dtype=torch.int8, device=log.device)
+    if K == 0 or log.numel() == 0:
+        return None if sign is None else sign.zero_(), log.fill_(-torch.inf), rung
+    results = {"sign_c_ptr": sign, "log_c_ptr": log, "M": M, "N": N, "K": K}
+    if mode == "max":
+        arguments = {**operands, **results, "index_ptr": None}
+        launch(largest_kernel, LARGEST_TILES, _outputs(batch, M, N), arguments, ("M", "N", "K"))
+        return sign, log, rung
+    shifts = _shifts(operands, batch, M, N, K, dtype)
+    scale = _scale(dtype)
+    shared = {**operands, **results, "rung_ptr": rung}
+    launch(forward_kernel, _fitting(FORWARD_TILES, dtype), _outputs(batch, M, N), {**shared, **shifts, **scale},
+           ("M", "N", "K"))  # fmt: skip
+    tile = LADDER_TILES[0].constants
+    few = {"few": tile["BLOCK_M"] * tile["BLOCK_N"] // 64}
+    launch(blocked_kernel, LADDER_TILES, _outputs(batch, M, N), {**shared, **few, **scale})
+    launch(streamed_kernel, STREAMED_TILES, _outputs(batch, M, N), {**shared, **few, "UNIT": scale["UNIT"]})
+    launch(entry_kernel, ENTRY_TILES, lambda tile: (batch * M * triton.cdiv(N, tile["BLOCK_N"]),), shared)
+    return sign, log, rung
+
+
+def matmul_backward(
+    g: Tensor, guard: Tensor | None, sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor,
+    sign_c: Tensor | None, log_c: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of Σ g c in the accumulation dtype; ``guard`` is True where an output gives none."""
+    if log_a.ndim == 2:
+        single = [_batch_of_one(x) for x in (g, guard, sign_a, log_a, sign_b, log_b, sign_c, log_c)]
+        da, db = matmul_backward(*single)  # type: ignore[arg-type]
+        return da[0], db[0]
+    operands, (batch, M, N, K) = _operands(sign_a, log_a, sign_b, log_b)
+    dtype = accumulation_dtype(log_a.dtype)
+    da = torch.zeros(batch, M, K, dtype=dtype, device=g.device)
+    db = torch.zeros(batch, K, N, dtype=dtype, device=g.device)
+    if 0 in (batch, M, N, K):
+        return da, db
+    signs = operands["sign_a_ptr"] is not None and sign_c is not None
+    weights = {
+        "sign_c_ptr": sign_c.contiguous() if signs and sign_c is not None else None,
+        "log_c_ptr": log_c.to(dtype).contiguous(),
+        "g_ptr": (g.to(dtype) if guard is None else torch.where(guard, 0.0, g.to(dtype))).contiguous(),
+        "LIMIT": 60.0 if dtype == torch.float32 else 600.0,
+    }
+    left = {"stride_a_row": K, "stride_a_k": 1, "stride_b_k": N, "stride_b_column": 1}
+    right = {"stride_a_row": 1, "stride_a_k": N, "stride_b_k": 1, "stride_b_column": K}
+    swapped = {
+        "sign_a_ptr": operands["sign_b_ptr"], "log_a_ptr": operands["log_b_ptr"],
+        "sign_b_ptr": operands["sign_a_ptr"], "log_b_ptr": operands["log_a_ptr"],
+    }  # fmt: skip
+    for factors, strides, rows, columns, out, down in (
+        (operands, left, M, N, da, (N, 1)), (swapped, right, N, M, db, (1, N)),
+    ):  # fmt: skip
+        arguments = {
+            **factors, **weights, **strides, "da_ptr": out, "rows": rows, "columns": columns, "K": K,
+            "stride_c_row": down[0], "stride_c_column": down[1],
+        }  # fmt: skip
+        launch(gradient_kernel, _fitting(GRADIENT_TILES, dtype), _over("BLOCK_M", "BLOCK_K", batch, rows, K), arguments,
+               ("rows", "columns", "K", "stride_a_row"))  # fmt: skip
+    return da, db
+
+
+def max_backward(
+    g: Tensor, sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of Σ g c for mode ``"max"``: each g_ij goes to the first largest term of (i, j)."""
+    if log_a.ndim == 2:
+        da, db = max_backward(g[None], _batch_of_one(sign_a), log_a[None], _batch_of_one(sign_b), log_b[None])  # type: ignore[arg-type]
+        return da[0], db[0]
+    operands, (batch, M, N, K) = _operands(sign_a, log_a, sign_b, log_b)
+    dtype = accumulation_dtype(log_a.dtype)
+    da = torch.zeros(batch, M, K, dtype=dtype, device=g.device)
+    db = torch.zeros(batch, K, N, dtype=dtype, device=g.device)
+    if 0 in (batch, M, N, K):
+        return da, db
+    log = torch.empty(batch, M, N, dtype=dtype, device=g.device)
+    index = torch.empty(log.shape, dtype=torch.int32, device=g.device)
+    arguments = {**operands, "sign_c_ptr": None, "log_c_ptr": log, "index_ptr": index, "M": M, "N": N, "K": K}
+    launch(largest_kernel, LARGEST_TILES, _outputs(batch, M, N), arguments, ("M", "N", "K"))
+    shared = {"g_ptr": g.to(dtype).contiguous(), "index_ptr": index, "K": K}
+    for out, rows, columns, index_strides, strides in ((da, M, N, (N, 1), (K, 1)), (db, N, M, (1, N), (1, N))):
+        arguments = {
+            **shared, "da_ptr": out, "rows": rows, "columns": columns, "stride_row": index_strides[0],
+            "stride_column": index_strides[1], "stride_da_row": strides[0], "stride_da_k": strides[1],
+        }  # fmt: skip
+        launch(scatter_kernel, SCATTER_TILES, _over("BLOCK_M", "BLOCK_K", batch, rows, K), arguments)
+    return da, db
+
+
+def _shifts(operands: dict[str, Any], batch: int, M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return α, β and, with signs, their norms, by the forward kernel's names."""
+    found: dict[str, Any] = {}
+    for side, rows, strides in (("a", M, (M * K, K, 1)), ("b", N, (K * N, 1, N))):
+        shift = torch.empty(batch, rows, dtype=dtype, device=operands["log_a_ptr"].device)
+        norm = None if operands["sign_a_ptr"] is None else torch.empty_like(shift)
+        arguments = {
+            "sign_ptr": operands[f"sign_{side}_ptr"], "log_ptr": operands[f"log_{side}_ptr"], "shift_ptr": shift,
+            "norm_ptr": norm, "rows": rows, "K": K, "stride_batch": strides[0], "stride_row": strides[1],
+            "stride_k": strides[2],
+        }  # fmt: skip
+        launch(shift_kernel, SHIFT_TILES, _strips(batch, rows), arguments)
+        found |= {f"shift_{side}_ptr": shift, f"norm_{side}_ptr": norm}
+    return found
+
+
+def _operands(
+    sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor
+) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
+    """Return contiguous factors by the kernels' names and (batch, M, N, K); a missing sign beside one is +1."""
+    if sign_a is None and sign_b is not None:
+        sign_a = torch.ones(log_a.shape, dtype=torch.int8, device=log_a.device)
+    if sign_b is None and sign_a is not None:
+        sign_b = torch.ones(log_b.shape, dtype=torch.int8, device=log_b.device)
+    tensors = {"sign_a_ptr": sign_a, "log_a_ptr": log_a, "sign_b_ptr": sign_b, "log_b_ptr": log_b}
+    operands = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+    return operands, (log_a.shape[0], log_a.shape[1], log_b.shape[2], log_a.shape[2])
+
+
+def _batch_of_one(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x[None]
+
+
+def _scale(dtype: torch.dtype) -> dict[str, float]:
+    """Return what underflow may cost per term, times 2^mantissa, and the unit of rounding."""
+    mantissa = 53 if dtype == torch.float64 else 24
+    return {"SMALLEST": torch.finfo(dtype).tiny * 2.0**mantissa, "UNIT": 2.0**-mantissa}
+
+
+def _fitting(tiles: tuple[Tile, ...], dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Return the tiles; in float64 only the one whose registers hold twice the bytes."""
+    return (LADDER_TILE,) if dtype == torch.float64 else tiles
+
+
+def _outputs(batch: int, M: int, N: int) -> Grid:
+    return _over("BLOCK_M", "BLOCK_N", batch, M, N)
+
+
+def _over(down: str, across: str, batch: int, rows: int, columns: int) -> Grid:
+    """Return the grid of one program per matrix and tile."""
+    return lambda tile: (batch * triton.cdiv(rows, tile[down]) * triton.cdiv(columns, tile[across]),)
+
+
+def _strips(batch: int, rows: int) -> Grid:
+    return lambda tile: (batch * triton.cdiv(rows, tile["ROWS"]),)
