@@ -133,13 +133,13 @@ def topk(
         vocab_size: V; Π v_k by default.
 
     Returns:
-        The logits in the dtype of h, and int32 ids; chosen in float32 (float64 for float64), before any rounding.
+        The logits in the dtype of h, and their ids; chosen in float32 (float64 for float64), before any rounding.
 
     Raises:
         ValueError: as in ``logits``.
     """
     values, ids = jax.lax.top_k(_wide_logits(hidden, cores, vocab_size), k)
-    return values.astype(hidden.dtype), ids
+    return values.astype(hidden.dtype), ids.astype(int)
 
 
 def decompose(
