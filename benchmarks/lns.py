@@ -38,7 +38,7 @@ def cases() -> Iterator[Case]:
         yield from dense_cases(size)
     yield peers_case(512)
     for spread in SPREADS:
-        yield spread_case(512, spread)
+        yield from spread_cases(512, spread)
     yield layer_case(512)
 
 
@@ -141,17 +141,18 @@ def pykeops_forms(a: Tensor, b: Tensor) -> dict[str, Callable[[], Tensor]]:
     return {"pykeops logsumexp": quietly(logsumexp), "pykeops exp-sum, unshifted": quietly(exp_sum)}
 
 
-def spread_case(size: int, spread: float) -> Case:
-    """Return the signed product of logs with this standard deviation, and which share of it took which rung."""
-    logs = [spread * torch.randn(size, size) for _ in range(2)]
+def spread_cases(size: int, spread: float) -> Iterator[Case]:
+    """Yield both products of logs with this standard deviation; for the signed one, which share took which rung."""
+    a, b = (spread * torch.randn(size, size) for _ in range(2))
     signs = [torch.randint(0, 2, (size, size), dtype=torch.int8) * 2 - 1 for _ in range(2)]
-    report = lns.matmul_report(signs[0], logs[0], signs[1], logs[1])
-    rungs = ", ".join(f"{name} {100 * share:.1f} %" for name, share in report.shares().items() if share)
-    ours = Rival("so8t", without_graph(lambda: lns.matmul(signs[0], logs[0], signs[1], logs[1])))
-    dense = Rival("torch.matmul", without_graph(lambda: logs[0] @ logs[1]))
-    double = Rival("torch.matmul in float64", without_graph(lambda: logs[0].double() @ logs[1].double()))
-    note = f"{shape(size, ours.run)}; {rungs}"
-    return Case(f"signed fwd {size}³, logs of std {spread:g}", note, "float32", (ours, dense, double), repeats=5)
+    shares = lns.matmul_report(signs[0], a, signs[1], b).shares()
+    rungs = "; " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items() if share)
+    unsigned = Rival("so8t", without_graph(lambda: lns.logmatmulexp(a, b)))
+    signed = Rival("so8t", without_graph(lambda: lns.matmul(signs[0], a, signs[1], b)))
+    dense = Rival("torch.matmul", without_graph(lambda: a @ b))
+    for name, ours, note in (("unsigned", unsigned, ""), ("signed", signed, rungs)):
+        title = f"{name} fwd {size}³, logs of std {spread:g}"
+        yield Case(title, shape(size, ours.run) + note, "float32", (ours, dense), repeats=3)
 
 
 def layer_case(size: int) -> Case:
