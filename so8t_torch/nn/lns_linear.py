@@ -27,14 +27,12 @@ from torch.nn.functional import pad
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops import lns
+from so8t_torch.ops.lns.autograd import search
 
 __all__ = ["Conversion", "LNSLinear", "convert_linear_to_lns", "lns_matmul"]
 
 Mode = Literal["sum", "max"]
 Operands = tuple[Tensor, Tensor, Tensor | None]
-
-TERMS = 1 << 20
-"""Terms x_ik W_jk held at once while the largest of a sum is looked for: 4 MB in float32."""
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -270,7 +268,7 @@ def _pull_max(g: Tensor, operands: Operands, _needed: tuple[bool, ...]) -> tuple
     """Return what the chosen terms alone pass on, in the dtypes of x, W and b."""
     x, weight, bias = operands
     rows, columns = _matrices(operands)
-    chosen = first_largest(rows.detach(), columns.detach())
+    chosen = _first_largest(rows, columns)
     drows = torch.zeros_like(rows).scatter_add(1, chosen, g * columns.gather(0, chosen))
     dcolumns = torch.zeros_like(columns).scatter_add(0, chosen, g * rows.gather(1, chosen))
     width = x.shape[1]
@@ -289,7 +287,7 @@ def _push(operands: Operands, tangents: tuple[Tensor | None, ...], mode: Mode) -
     drows, dcolumns = _matrices((dx, dweight, dbias), one=0.0)
     if mode == "sum":
         return drows @ columns + rows @ dcolumns
-    chosen = first_largest(rows.detach(), columns.detach())
+    chosen = _first_largest(rows, columns)
     return drows.gather(1, chosen) * columns.gather(0, chosen) + rows.gather(1, chosen) * dcolumns.gather(0, chosen)
 
 
@@ -314,25 +312,10 @@ def _matrices(operands: Operands, one: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def _first_largest(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return argmax_k (log|rows_ik| + log|columns_kj|), the first of equals (M, N), in tiles of TERMS terms."""
-    (a, b), k = (rows.abs().log(), columns.abs().log().mT), rows.shape[1]
-    wide = max(1, min(b.shape[0], TERMS // k))
-    high = max(1, TERMS // (k * wide))
-    tiles = [torch.cat([(i[:, None] + j).argmax(-1) for j in b.split(wide)], 1) for i in a.split(high)]
-    return torch.cat(tiles)
-
-
-first_largest = torch.library.custom_op(
-    "so8t::lns_linear_first_largest",
-    _first_largest,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor columns) -> Tensor",
-)
-
-
-@first_largest.register_fake
-def _(rows: Tensor, columns: Tensor) -> Tensor:
-    return rows.new_empty((rows.shape[0], columns.shape[1]), dtype=torch.int64)
+    """Return argmax_k (log|rows_ik| + log|columns_kj|) (M, N), the first of equals, as the product chooses it."""
+    _, a = lns.encode(rows.detach())
+    _, b = lns.encode(columns.detach())
+    return search(a[None], b[None])[0]
 
 
 def _split(
