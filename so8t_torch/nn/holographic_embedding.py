@@ -14,6 +14,7 @@ Cost: that of ``ops.tensor_train.rows``; only ids and cores are saved. Derivatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from so8t_torch.nn.tensor_train_compression import Compressed, Permutation, fact
 from so8t_torch.ops import tensor_train
 from so8t_torch.ops.tensor_train.decomposition import check_factors
 
-__all__ = ["NOWHERE", "HolographicTTEmbedding"]
+__all__ = ["NOWHERE", "HolographicTTEmbedding", "without_autocast"]
 
 NOWHERE = -(2**31)
 """Position of padding and of ignored labels: outside every table, whatever the permutation."""
@@ -256,14 +257,25 @@ class HolographicTTEmbedding(nn.Module):
         return f"{self.vocab_size}, {self.d_model}, ranks={self.ranks}, factors {factors}{padding}{kind}"
 
     def _rows(self, ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
-        return tensor_train.rows(
-            self.positions(ids, self.padding_idx),
-            *cores,
-            vocab_size=self.vocab_size,
-            d_model=self.d_model,
-            padding_idx=None if self.padding_idx is None else NOWHERE,
-            backend=self.backend,
-        )
+        with without_autocast(ids.device):
+            return tensor_train.rows(
+                self.positions(ids, self.padding_idx),
+                *cores,
+                vocab_size=self.vocab_size,
+                d_model=self.d_model,
+                padding_idx=None if self.padding_idx is None else NOWHERE,
+                backend=self.backend,
+            )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which sums are carried in the dtype that the operation states.
+
+    Args:
+        device: where the operation runs.
+    """
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _scaled(first: Tensor, factor: Tensor) -> Tensor:

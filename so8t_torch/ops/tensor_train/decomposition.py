@@ -26,7 +26,7 @@ from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 DENSE_LIMIT = 2_000_000_000
 """Products m n min(m, n) up to which a bond is decomposed whole (about a second on one core)."""
 
-RESIDUAL = 1e-9
+RESIDUAL = 1e-8
 """Largest residual of a singular triplet found by iteration, in units of the largest singular value."""
 
 _DEPTH, _EXTRA, _RESTARTS = 8, 16, 40
