@@ -1,0 +1,222 @@
+"""Rows of a tensor train in PyTorch: a plain differentiable form, and a tiled one for the CPU.
+
+    X_1 = C_1[i_1]   X_k = X_{k−1} C_k[i_k]   row = X_K          (X_k: Π_{j≤k} w_j × r_k)
+    ∂C_k[i_k] = X_{k−1}ᵀ G_k   G_{k−1} = G_k C_k[i_k]ᵀ   G_K = Σ over equal ids of the rows' gradients
+
+The plain form writes what the formula says and is differentiable to any order, in both modes. The tiled form sorts the
+ids, so that a repeated id is computed once forward, and its gradients are summed before they meet a core backward. It
+keeps nothing but the ids; beyond the output or the gradients of the cores it holds one tile of rows. Sums run in the
+order of the sorted ids, so the result is the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from so8t_torch.core.precision import accumulation_dtype
+
+TILE_ELEMENTS = 1 << 17
+"""Numbers per tile of rows: half a megabyte in float32, which a core's second-level cache holds."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Segments(NamedTuple):
+    """The tokens of a batch, sorted by id.
+
+    Attributes:
+        order: positions of the tokens (N,), equal ids side by side, in the order in which they came.
+        unique: the different ids (U,), ascending.
+        starts: where each of them begins in ``order`` (U + 1,), with N at the end.
+        segment: for every entry of ``order`` the place of its id in ``unique`` (N,).
+    """
+
+    order: Tensor
+    unique: Tensor
+    starts: Tensor
+    segment: Tensor
+
+
+def digits(ids: Tensor, cores: list[Tensor]) -> list[Tensor]:
+    """Return the digits i_1, …, i_K of the ids, row-major."""
+    found = []
+    for core in reversed(cores):
+        found.append(ids % core.shape[0])
+        ids = ids // core.shape[0]
+    return found[::-1]
+
+
+def rows(ids: Tensor, cores: list[Tensor], d_model: int, padding: int | None) -> Tensor:
+    """Return the rows (T, D) of ids (T,) by differentiable operations."""
+    dtype = accumulation_dtype(cores[0].dtype)
+    kept = None if padding is None else ids != padding
+    parts = digits(ids if kept is None else torch.where(kept, ids, 0), cores)
+    chosen = [core[part].to(dtype) for core, part in zip(cores, parts, strict=True)]
+    if kept is not None:
+        chosen = [torch.where(kept[:, None, None, None], core, 0.0) for core in chosen]
+    matrices = [core.transpose(2, 3).flatten(2) for core in chosen]
+    return chain(matrices)[:, :d_model].to(cores[0].dtype)
+
+
+def table(cores: list[Tensor], vocab_size: int, d_model: int) -> Tensor:
+    """Return the whole table (V, D) by differentiable operations."""
+    dtype = cores[0].dtype if cores[0].is_complex() else accumulation_dtype(cores[0].dtype)
+    state = cores[0].to(dtype)[:, 0].transpose(1, 2)
+    for core in cores[1:]:
+        state = torch.einsum("vdr,wrsb->vwdbs", state, core.to(dtype)).flatten(0, 1).flatten(1, 2)
+    return state[:vocab_size, :d_model, 0].to(cores[0].dtype)
+
+
+def rows_gradient(grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int | None) -> tuple[Tensor, ...]:
+    """Return the gradients of the cores for a gradient (T, D) of the rows, by differentiable operations."""
+    _, pull = torch.func.vjp(lambda *c: rows(ids, list(c), grad.shape[1], padding), *cores)
+    return pull(grad)
+
+
+def rows_second(
+    directions: list[Tensor], grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int | None
+) -> tuple[Tensor, ...]:
+    """Return the derivatives of Σ ⟨direction, gradient of a core⟩ with respect to the rows' gradient and the cores."""
+    _, pull = torch.func.vjp(lambda g, *c: rows_gradient(g, ids, list(c), padding), grad, *cores)
+    return pull(tuple(directions))
+
+
+def real_cores(cores: list[Tensor]) -> list[Tensor]:
+    """Return real cores whose row, read in pairs, is (Re, Im) of the row of complex cores.
+
+    A complex number acts as [[re, im], [−im, re]] on pairs; ranks double, and so does the last feature factor.
+    """
+    *inner, last = [core.resolve_conj() for core in cores]
+    found = []
+    for k, core in enumerate(inner):
+        upper = torch.cat((core.real, core.imag), 2)
+        found.append(upper if k == 0 else torch.cat((upper, torch.cat((-core.imag, core.real), 2)), 1))
+    tail = torch.view_as_real(last).flatten(3)
+    if not inner:
+        return [tail]
+    turned = torch.view_as_real(torch.complex(-last.imag, last.real)).flatten(3)
+    return [*found, torch.cat((tail, turned), 1)]
+
+
+def segments(ids: Tensor, padding: int | None) -> Segments:
+    """Sort ids (T,); tokens of the padding id are left out."""
+    kept = torch.arange(ids.numel(), device=ids.device) if padding is None else (ids != padding).nonzero()[:, 0]
+    ordered, order = torch.sort(ids[kept], stable=True)
+    unique, segment, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    return Segments(kept[order], unique, pad(counts.cumsum(0), (1, 0)), segment)
+
+
+def rows_tiled(ids: Tensor, cores: list[Tensor], d_model: int, padding: int | None) -> Tensor:
+    """Return the rows (T, D) of ids (T,), each different id computed once."""
+    found = segments(ids, padding)
+    matrices = step_matrices(cores, accumulation_dtype(cores[0].dtype))
+    out = allocate((ids.numel(), d_model), cores[0].dtype)
+    if found.order.numel() < ids.numel():
+        out[ids == padding] = 0.0
+    first = torch.ones_like(found.segment, dtype=torch.bool)
+    first[1:] = found.segment[1:] != found.segment[:-1]
+    positions, again, source = (_array(x) for x in (found.order[first], found.order[~first], found.segment[~first]))
+    starts, target = found.starts.tolist(), _array(out)
+    for begin, end, parts in _tiles(found, cores):
+        tile = chain([m.index_select(0, part) for m, part in zip(matrices, parts, strict=True)])
+        values = _array(tile[:, :d_model].to(out.dtype))
+        target[positions[begin:end]] = values
+        for at in range(starts[begin] - begin, starts[end] - end, end - begin):
+            copies = slice(at, min(at + end - begin, starts[end] - end))
+            target[again[copies]] = values[source[copies] - begin]
+    return out
+
+
+def rows_gradient_tiled(grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int | None) -> list[Tensor]:
+    """Return the gradients of the cores for a gradient (T, D) of the rows; equal ids are summed first."""
+    found = segments(ids, padding)
+    matrices = step_matrices(cores, accumulation_dtype(cores[0].dtype))
+    sums = [torch.zeros_like(m) for m in matrices]
+    cropped = math.prod([core.shape[3] for core in cores]) - grad.shape[1]
+    starts = found.starts.tolist()
+    for begin, end, parts in _tiles(found, cores):
+        total = segment_sums(grad, found, begin, end, starts)
+        chosen = [m.index_select(0, part) for m, part in zip(matrices, parts, strict=True)]
+        pulled = chain_gradient(pad(total, (0, cropped)) if cropped else total, chosen)
+        for acc, part, share in zip(sums, parts, pulled, strict=True):
+            acc.flatten(1).index_add_(0, part, share.flatten(1))
+    return [core_shaped(acc, core) for acc, core in zip(sums, cores, strict=True)]
+
+
+def segment_sums(grad: Tensor, found: Segments, begin: int, end: int, starts: list[int]) -> Tensor:
+    """Return the sums of the rows of grad over the tokens of each id in unique[begin:end], in order of the tokens."""
+    dtype = accumulation_dtype(grad.dtype)
+    order = found.order[starts[begin] : starts[end]]
+    if grad.dtype == dtype and grad.is_contiguous():
+        return embedding_bag(order, grad, found.starts[begin:end] - starts[begin], mode="sum")
+    total = torch.zeros((end - begin, grad.shape[1]), dtype=dtype, device=grad.device)
+    place = found.segment[starts[begin] : starts[end]] - begin
+    for chunk, row in zip(order.split(end - begin), place.split(end - begin), strict=True):
+        total.index_add_(0, row, grad.index_select(0, chunk).to(dtype))
+    return total
+
+
+def step_matrices(cores: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return C_k as (v_k, r_{k−1}, w_k r_k) in the given dtype: a row is then a chain of matrix products."""
+    return [core.to(dtype).transpose(2, 3).flatten(2).contiguous() for core in cores]
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return unwritten memory on the CPU.
+
+    NumPy asks the kernel for huge pages: a fresh 50 MB then costs 24 page faults instead of 12,288.
+    """
+    return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
+
+
+def _tiles(found: Segments, cores: list[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """Yield begin, end and the digits of ids that are taken together."""
+    width = math.prod([core.shape[3] for core in cores])
+    step = max(1, TILE_ELEMENTS // max(width, *(core[0].numel() for core in cores), 1))
+    for begin in range(0, found.unique.numel(), step):
+        chosen = found.unique[begin : begin + step]
+        yield begin, begin + chosen.numel(), digits(chosen, cores)
+
+
+def chain(matrices: list[Tensor]) -> Tensor:
+    """Return X_K (n, Π w_k) from the gathered matrices (n, r_{k−1}, w_k r_k)."""
+    return _prefixes(matrices)[-1].flatten(1)
+
+
+def _prefixes(matrices: list[Tensor]) -> list[Tensor]:
+    """Return the products of the first 1, …, K gathered matrices, (n, Π_{j≤k} w_j, r_k) but the last (n, ·, w_K)."""
+    products = [matrices[0]]
+    for matrix in matrices[1:]:
+        left = products[-1].reshape(matrix.shape[0], -1, matrix.shape[1])
+        products[-1] = left
+        products.append(torch.bmm(left, matrix))
+    return products
+
+
+def chain_gradient(grad: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+    """Return the gradients of the gathered matrices for a gradient (n, Π w_k) of the rows."""
+    products = _prefixes(matrices)
+    found = []
+    for matrix, left in zip(matrices[:0:-1], products[-2::-1], strict=True):
+        grad = grad.reshape(left.shape[0], left.shape[1], matrix.shape[2])
+        found.append(torch.bmm(left.transpose(1, 2), grad))
+        grad = torch.bmm(grad, matrix.transpose(1, 2))
+    return [*found, grad.reshape(matrices[0].shape)][::-1]
+
+
+def core_shaped(matrix: Tensor, core: Tensor) -> Tensor:
+    """Return (v, r_{k−1}, w r_k) as (v, r_{k−1}, r_k, w), in the dtype of the core."""
+    v, left, right, width = core.shape
+    shaped = matrix.reshape(v, left, width, right).transpose(2, 3)
+    return torch.empty(core.shape, dtype=core.dtype, device=core.device).copy_(shaped)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """Return the memory of x as integers of its size: NumPy moves whole rows several times faster than PyTorch."""
+    return x.view(_INTEGERS[x.dtype.itemsize]).numpy()
