@@ -8,8 +8,9 @@ Symbols: x activations (M, K), W weight (N, K), b bias (N,). Half precision is c
 that of the map, also where a factor is exactly zero; a chain through the logarithms would give 0 there, because
 ∂ log|x|/∂x has no value at 0. Nothing is cached: logs are taken from the weights of the moment, and x and W are all
 that is kept for the backward pass.
-Cost: one exp and one log per entry of x, W and y, and one GEMM; two GEMMs backward. It buys log-domain semantics at
-about the speed of a dense layer, and no energy. Mode "max" does M·N·K additions in both directions.
+Cost: an exp and a log per entry of x, W and y, and one GEMM where their ranges suffice; two GEMMs backward. It buys
+log-domain semantics for a small multiple of a dense layer's time (benchmarks/lns.py), and no energy. Mode "max" does
+M·N·K additions forward and again backward.
 Operation: so8t_torch/ops/lns. Derivation: docs/math/lns.md.
 """
 
