@@ -56,8 +56,8 @@ PAIR_GRADIENT_TILES = (
     _tile(4, OWN=64, OTHER=16, R=16),
     _tile(4, OWN=32, OTHER=32, R=32),
 )
-END_GRADIENT_TILES = (_tile(4, OWN=16, MIDDLE=8, FAR=16, R=16, Q=16), _tile(4, OWN=16, MIDDLE=4, FAR=16, R=16, Q=16))
-MIDDLE_GRADIENT_TILES = (_tile(4, A=16, B=4, C=16, R=16, Q=16), _tile(4, A=16, B=8, C=16, R=16, Q=16))
+END_GRADIENT_TILES = (_tile(4, OWN=16, MIDDLE=8, FAR=16, R=16, Q=16),)
+MIDDLE_GRADIENT_TILES = (_tile(8, A=16, B=16, C=16, R=16, Q=16),)
 REDUCE_TILES = (_tile(4, ROWS=4, BLOCK=512),)
 """One entry: another number of rows would add in another order."""
 PARTNERS = {2: ((1,), (0,)), 3: ((1, 2), (0, 2), (1, 0))}
@@ -136,7 +136,7 @@ def triple_rows_kernel(
     feature = (a * d2 + b) * d3 + c
     kept = (a < d1) & (b < d2) & (c < d3) & (feature < d_model)
     a1 = a0 + tl.arange(0, A)[:, None]
-    b2 = (b0 + tl.arange(0, B * R) // R)[None, :]
+    b2 = (b0 + tl.arange(0, B * R) % B)[None, :]
     for n in range(TOKENS):
         t = tl.program_id(0) * TOKENS + n
         in_range = t < count
@@ -145,7 +145,7 @@ def triple_rows_kernel(
         i3 = tl.load(i3_ptr + t, mask=in_range, other=0).to(tl.int64)
         y = tl.zeros([A * B, C], tl.float32)
         for s0 in range(0, r2, R):
-            s2 = s0 + (tl.arange(0, B * R) % R)[None, :]
+            s2 = s0 + (tl.arange(0, B * R) // B)[None, :]
             left = tl.zeros([A, B * R], tl.float32)
             for first in range(0, r1, R):
                 r = first + tl.arange(0, R)
@@ -156,6 +156,7 @@ def triple_rows_kernel(
                 left = product(x1, x2, left, dtype)
             s = (s0 + tl.arange(0, R))[:, None]
             x3 = fetch(c3_ptr + (i3 * r2 + s) * d3 + c, (c < d3) & (s < r2) & (i1 >= 0), INTERPRETED)
+            left = tl.permute(tl.reshape(left, [A, R, B]), (0, 2, 1))
             y = product(tl.reshape(left, [A * B, R]), x3, y, dtype)
         tl.store(y_ptr + t.to(tl.int64) * d_model + feature, rounded(y, dtype, INTERPRETED), mask=kept & in_range)
 
