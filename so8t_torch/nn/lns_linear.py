@@ -189,8 +189,9 @@ def lns_matmul(
 ) -> Float[Tensor, "*batch m n"]:
     """Return log Σ_k exp(a_ik + b_kj) in float32: the product of positive matrices given by their logs.
 
-    Tile sizes are not arguments: they are timed per device and never change which sums are formed. There is no clip
-    of the gradient either: it is softmax-weighted and so no larger than the cotangents it is made of.
+    Tile sizes (``block_size_m``, ``block_size_n``, ``block_size_k``) are not arguments: they are data of the kernels,
+    timed per device. Neither is a clip (``gradient_clip_value``): the gradient is a sum of cotangents with weights
+    exp(a_ik + b_kj − c_ij) ≤ 1, and a clip would make it another function's.
 
     Args:
         a: logs of the left factor; −∞ is an exact zero.
