@@ -24,6 +24,9 @@ from so8t_torch.ops.lns.arguments import Factors
 Search = Callable[[Tensor, Tensor], Tensor]
 """``search`` below, or its registered form."""
 
+NEAR = math.log(2.0)
+"""Below this distance of two logs 1 − exp(−d) is taken by expm1, above by log1p, each without cancellation."""
+
 SEARCH_ELEMENTS = 1 << 18
 """Sums A_ik + B_kj held at once while the largest is searched: one megabyte in float32."""
 
@@ -59,8 +62,9 @@ def add(sign_a: Tensor, log_a: Tensor, sign_b: Tensor, log_b: Tensor) -> tuple[T
     tied = first == second
     settled = first.isinf() | (tied & opposed)
     gap = torch.where(settled, 1.0, first - second)
-    grown = first + torch.where(opposed, 0.0, torch.exp(-gap).log1p())
-    shrunk = first + torch.log(-torch.expm1(-torch.where(opposed, gap, 1.0)))
+    grown = first + torch.exp(-gap).log1p()
+    far, near = torch.where(gap > NEAR, gap, 1.0), torch.where(gap > NEAR, NEAR, gap)
+    shrunk = first + torch.where(gap > NEAR, torch.log1p(-torch.exp(-far)), torch.log(-torch.expm1(-near)))
     undefined = tied & opposed & (first == math.inf)
     limit = torch.where(undefined, math.nan, torch.where(tied & opposed, -math.inf, first.detach()))
     log = torch.where(settled, limit, torch.where(opposed, shrunk, grown)).to(dtype)

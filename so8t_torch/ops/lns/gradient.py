@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from so8t_torch.ops.lns import ladder
-from so8t_torch.ops.lns.ladder import Operands
+from so8t_torch.ops.lns.ladder import Entries, Operands
 
 LEAST_SCALE = 2.0**-40
 """Below this size of g its products with small factors could leave the range; g is scaled up first."""
@@ -25,9 +25,7 @@ LEAST_SCALE = 2.0**-40
 
 def matmul(g: Tensor, x: Operands, scaled: Tensor, log_c: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of A (batch, M, K) and B (batch, K, N) for g = ∂/∂C (batch, M, N)."""
-    size = float(torch.linalg.vector_norm(g, math.inf))
-    usual = LEAST_SCALE <= size <= 1.0 or not 0.0 < size < math.inf
-    scale = 1.0 if usual else math.ldexp(1.0, max(-math.frexp(size)[1], -126))
+    scale = _scale(float(g.abs().amax()))
     weight = torch.div(g, scaled) if scale == 1.0 else torch.mul(g, scale).div_(scaled)
     left, right = ladder.factors(x, ladder.shifts(x.log_a, -1), ladder.shifts(x.log_b, -2))
     da = torch.matmul(weight, right.mT).mul_(left)
@@ -35,28 +33,40 @@ def matmul(g: Tensor, x: Operands, scaled: Tensor, log_c: Tensor) -> tuple[Tenso
     if scale != 1.0:
         da.div_(scale)
         db.div_(scale)
-    if bool(scaled.amax() == math.inf):
-        for index in range(g.shape[0]):
-            rejected = (scaled[index] == math.inf) & (log_c[index] != -math.inf)
-            _climb(g[index], x.item(index), rejected, da[index], db[index])
+    if not bool(scaled.amax() < math.inf):
+        rejected = (scaled == math.inf).logical_and_(log_c != -math.inf).nonzero()
+        for index in rejected[:, 0].unique().tolist():
+            _, i, j = rejected[rejected[:, 0] == index].unbind(1)
+            _add_rejected(g[index, i, j], x.item(index), Entries(i, j, i == i), da[index], db[index])
     return da, db
 
 
-def _climb(g: Tensor, x: Operands, rejected: Tensor, da: Tensor, db: Tensor) -> None:
-    """Add the part of the rejected outputs (M, N) of one batch item to the gradients, in float64."""
-    if x.log_a.dtype != torch.float64 and ladder.worth_a_product(rejected):
-        rows, columns = rejected.any(1).nonzero().squeeze(1), rejected.any(0).nonzero().squeeze(1)
+def _scale(size: float) -> float:
+    """Return a power of two that takes the largest |g| below 1, and out of the reach of underflow."""
+    if LEAST_SCALE <= size <= 1.0 or not 0.0 < size < math.inf:
+        return 1.0
+    return math.ldexp(1.0, min(max(-math.frexp(size)[1], -120), 120))
+
+
+def _add_rejected(g: Tensor, x: Operands, rejected: Entries, da: Tensor, db: Tensor) -> None:
+    """Add the part of the rejected outputs (n) of one batch item to the gradients, in float64."""
+    if x.log_a.dtype != torch.float64 and rejected.worth_a_product(x):
+        rows, columns, row, column = rejected.frame(x)
         part = ladder.rescale(x.block(rows, columns, torch.float64))
-        accepted = (part.total.abs() > part.bound) & rejected[rows][:, columns]
-        weight = torch.where(accepted, g[rows][:, columns] / part.total, 0.0)
+        total = part.total[row, column]
+        accepted = total.abs() > part.bound.expand_as(part.total)[row, column]
+        weight = torch.zeros_like(part.total)
+        weight[row[accepted], column[accepted]] = g[accepted] / total[accepted]
         da.index_add_(0, rows, (weight @ part.right.mT).mul_(part.left).to(da.dtype))
         db.index_add_(1, columns, (part.left.mT @ weight).mul_(part.right).to(db.dtype))
-        i, j = accepted.nonzero(as_tuple=True)
-        rejected[rows[i], columns[j]] = False
-    columns_first = torch.zeros_like(db.mT, memory_format=torch.contiguous_format)
-    for (i, j), total, _, _, weight in ladder.streamed(x, rejected):
-        part_of_g = torch.where(total == 0, 0.0, g[i, j] / total)
-        terms = weight.mul_(part_of_g[:, None]).to(da.dtype)
+        g, rejected = g[~accepted], rejected.where(~accepted)
+    by_column = torch.zeros_like(db.mT, memory_format=torch.contiguous_format)
+    done = 0
+    for (i, j), total, _, _, terms in ladder.streamed(x, rejected):
+        share = g[done : done + i.numel()] / total
+        done += i.numel()
+        terms = terms.mul_(torch.where(total == 0, 0.0, share)[:, None]).to(da.dtype)
         da.index_add_(0, i, terms)
-        columns_first.index_add_(0, j, terms)
-    db.add_(columns_first.mT)
+        by_column.index_add_(0, j, terms)
+    if done:
+        db.add_(by_column.mT)
