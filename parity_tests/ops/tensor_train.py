@@ -15,20 +15,21 @@ from so8t_jax.ops import tensor_train as reference
 from so8t_torch.ops import tensor_train as production
 
 BACKENDS = ("tiled", "triton")
-TWO = ({"K": 2, "v": 2, "w": 2, "r": 2}, {"K": 2, "v": 5, "w": 3, "r": 3})
+TWO = ({"K": 2, "v": 3, "w": 3, "r": 3}, {"K": 2, "v": 5, "w": 4, "r": 4})
 WIDE = (*TWO, {"K": 2, "v": 11, "w": 8, "r": 6})
-THREE = ({"K": 3, "v": 1, "w": 2, "r": 2}, {"K": 3, "v": 3, "w": 2, "r": 3})
+THREE = ({"K": 3, "v": 2, "w": 2, "r": 2}, {"K": 3, "v": 3, "w": 3, "r": 3})
 FOUR = ({"K": 4, "v": 1, "w": 1, "r": 1}, {"K": 4, "v": 2, "w": 2, "r": 3})
 ONE = ({"K": 1, "v": 5, "w": 4, "r": 1},)
 SMALL = ({"K": 2, "v": 1, "w": 1, "r": 1}, {"K": 2, "v": 1, "w": 2, "r": 5})
-# 4 · 5 rows cropped to 17 and 3 · 4 columns cropped to 10
-RAGGED = ({"K": 2, "v": 4, "w": 3, "r": 1}, {"K": 2, "v": 4, "w": 3, "r": 3})
-# 2 · 3 · 4 rows cropped to 19 and 3 · 4 · 3 columns cropped to 29
-RAGGED_THREE = ({"K": 3, "v": 2, "w": 3, "r": 2},)
-CROP = {"vocab_size": 17, "d_model": 10}
-CROP_THREE = {"vocab_size": 19, "d_model": 29}
+# 5 · 6 rows cropped to 27 and 4 · 5 columns cropped to 18
+RAGGED = ({"K": 2, "v": 5, "w": 4, "r": 2}, {"K": 2, "v": 5, "w": 4, "r": 4})
+# 3 · 4 · 5 rows cropped to 53 and 3 · 4 · 3 columns cropped to 29
+RAGGED_THREE = ({"K": 3, "v": 3, "w": 3, "r": 3},)
+CROP = {"vocab_size": 27, "d_model": 18}
+CROP_THREE = {"vocab_size": 53, "d_model": 29}
 HALVES = ("float64", "float32", "bfloat16", "float16")
 FULL = ("float64", "float32")
+DOUBLE = ("float64",)
 
 VOCAB, FEATURE = (3, 4), (2, 3)
 VOCAB_THREE, FEATURE_THREE = (2, 3, 3), (2, 2, 3)
@@ -123,9 +124,10 @@ def descent_law(f: Any, example: Example) -> np.ndarray:
 
 # A row adds Π r_k products of K factors. Their signs differ, but the largest entry of a row seldom cancels.
 ROWS_BUDGET = Budget(forward=32.0, gradient=64.0)
-# A logit adds Π w_k products of a row and h; a loss is a difference of logits and is judged against one nat.
+# A logit adds Π w_k products of a row and h. A loss is a difference of logits and is judged against one nat; the gradient
+# of a hidden state is a mean of rows minus a row, whose entries are of order one.
 HEAD_BUDGET = Budget(forward=64.0, gradient=64.0)
-LOSS_BUDGET = Budget(forward=64.0, gradient=64.0, floor=1.0)
+LOSS_BUDGET = Budget(forward=64.0, gradient=64.0, floor=1.0, gradient_floor=1.0)
 # Singular vectors turn by eps times the largest singular value over the gap, here at most a few hundred.
 SVD_BUDGET = Budget(forward=4096.0)
 
@@ -276,25 +278,25 @@ def refine_pair(variant: str, size: Size, shape: tuple[int, int] | None, cores: 
 
 
 ROWS_LAWS = (Law("gauge", gauge_law, 64.0), Law("multilinear", multilinear_law, 16.0))
-HEAD_CROP = {"vocab_size": 17}
+HEAD_CROP = {"vocab_size": 27}
 
 PAIRS: tuple[OpPair, ...] = (
     rows_pair("", WIDE, judge.rows_inputs(), laws=ROWS_LAWS, rejections=refused.ROWS, edge_sizes=SMALL),
-    rows_pair(":ragged", RAGGED, judge.rows_inputs(17), keywords=CROP, dtypes=FULL),
-    rows_pair(":padding", WIDE[::2], judge.rows_inputs(padding=3), keywords={"padding_idx": 3}, dtypes=FULL),
-    rows_pair(":padding_outside", WIDE[::2], judge.rows_inputs(padding=-1), keywords={"padding_idx": -1}, dtypes=FULL),
+    rows_pair(":ragged", RAGGED, judge.rows_inputs(27), keywords=CROP, dtypes=FULL),
+    rows_pair(":padding", TWO, judge.rows_inputs(padding=3), keywords={"padding_idx": 3}, dtypes=FULL),
+    rows_pair(":padding_outside", TWO, judge.rows_inputs(padding=-1), keywords={"padding_idx": -1}, dtypes=DOUBLE),
     rows_pair(":complex", TWO, judge.rows_inputs(complex_valued=True), dtypes=FULL),
-    rows_pair(":one_core", ONE, judge.rows_inputs(), cores=1, dtypes=FULL, backends=()),
+    rows_pair(":one_core", ONE, judge.rows_inputs(), cores=1, dtypes=DOUBLE, backends=("tiled",)),
     rows_pair(":three_cores", THREE, judge.rows_inputs(), cores=3, laws=ROWS_LAWS),
     rows_pair(
         ":three_cores_ragged",
         RAGGED_THREE,
-        judge.rows_inputs(19, 2),
+        judge.rows_inputs(53, 2),
         cores=3,
         keywords=CROP_THREE | {"padding_idx": 2},
         dtypes=FULL,
     ),
-    rows_pair(":four_cores", FOUR, judge.rows_inputs(), cores=4, dtypes=FULL, backends=()),
+    rows_pair(":four_cores", FOUR, judge.rows_inputs(), cores=4, dtypes=DOUBLE, backends=("tiled",)),
     table_pair("", TWO, 2, rejections=refused.TABLE, edge_sizes=SMALL),
     table_pair(":ragged", RAGGED, 2, keywords=CROP, dtypes=FULL),
     table_pair(":three_cores", RAGGED_THREE, 3, keywords=CROP_THREE),
@@ -308,9 +310,9 @@ PAIRS: tuple[OpPair, ...] = (
         rejections=refused.HEAD,
         edge_sizes=SMALL,
     ),
-    logits_pair(":ragged", RAGGED, judge.head_inputs(10), 2, keywords=HEAD_CROP, dtypes=FULL),
+    logits_pair(":ragged", RAGGED, judge.head_inputs(18), 2, keywords=HEAD_CROP, dtypes=FULL),
     logits_pair(":three_cores", THREE, judge.head_inputs(), 3, dtypes=FULL),
-    logits_pair(":four_cores", FOUR, judge.head_inputs(), 4, dtypes=FULL),
+    logits_pair(":four_cores", FOUR, judge.head_inputs(), 4, dtypes=DOUBLE),
     cross_entropy_pair(
         "",
         TWO,
@@ -324,7 +326,7 @@ PAIRS: tuple[OpPair, ...] = (
     cross_entropy_pair(
         ":ragged",
         RAGGED,
-        judge.head_inputs(10, sometimes_ignored(-100), 17),
+        judge.head_inputs(18, sometimes_ignored(-100), 27),
         2,
         keywords=HEAD_CROP,
         dtypes=FULL,
@@ -343,8 +345,8 @@ PAIRS: tuple[OpPair, ...] = (
         rejections=refused.TOPK,
         dtypes=FULL,
     ),
-    topk_pair(":ragged", RAGGED, judge.head_inputs(10), keywords={"k": 17, **HEAD_CROP}, dtypes=FULL),
-    topk_pair(":ties", TWO, {"whole_numbers": judge.whole_numbers}, keywords={"k": 6}),
+    topk_pair(":ragged", RAGGED, judge.head_inputs(18), keywords={"k": 27, **HEAD_CROP}, dtypes=FULL),
+    topk_pair(":ties", TWO, {"whole_numbers": judge.whole_numbers}, keywords={"k": 6}, finite_differences=False),
     decompose_pair("", VOCAB, FEATURE, (3,), rejections=refused.DECOMPOSE),
     decompose_pair(":three_cores", VOCAB_THREE, FEATURE_THREE, (3, 2), dtypes=FULL),
     refine_pair("", TWO[0], (5, 5), 2, rejections=refused.REFINE),

@@ -189,12 +189,13 @@ def head_inputs(
     targets: Callable[[np.random.Generator, int], int] | None = None,
     vocab: int | None = None,
 ) -> dict[str, Strategy]:
-    """Return strategies for the head: plain hidden states, and large ones, of which one row takes most."""
+    """Return strategies for the head: logits of order one, and of order six, where one row takes most."""
 
     def example(generator: np.random.Generator, size: Size, scale: float) -> Example:
         cores = drawn_cores(generator, size)
         v, w, _ = factors(size)
-        hidden = scale * generator.standard_normal(d_model or math.prod(w))
+        width = d_model or math.prod(w)
+        hidden = generator.standard_normal(width) * scale / math.sqrt(width)
         if targets is None:
             return hidden, *cores
         return hidden, np.asarray(targets(generator, vocab or math.prod(v))), *cores

@@ -22,7 +22,7 @@ CHAIN_CALLS: dict[str, tuple[tuple[torch.Tensor, ...], str]] = {
     "broken_chain": (two_cores(1, 2, 3, 1), "chain"),
     "first_rank": (two_cores(2, 2, 2, 1), "chain"),
     "last_rank": (two_cores(1, 2, 2, 2), "chain"),
-    "three_axes": ((torch.ones(3, 2, 2), torch.ones(4, 2, 1, 3)), r"\(v, "),
+    "three_axes": ((torch.ones(3, 2, 2), torch.ones(4, 2, 1, 3)), r"\(v_k, "),
 }
 
 
@@ -85,7 +85,7 @@ CROSS_ENTROPY = (
         "targets_short",
         lambda: (torch.ones(2, 6), torch.zeros(3, dtype=torch.int64), *two_cores(*SOUND)),
         ShapeError,
-        "targets",
+        "one target per hidden state",
     ),
     Rejection("complex", complex_head(torch.tensor([0])), DomainError, "complex"),
     *chain_rejections(torch.ones(1, 6), torch.tensor([0])),
