@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -114,6 +114,45 @@ def bake(
     from so8t_torch.adapter import bake as bake_adapter
 
     Console().print(bake_adapter(adapter, output, base=base, prompts=prompts, dtype=dtype).table())
+
+
+@app.command(
+    "compress-embedding",
+    epilog="Examples: [bold]so8t compress-embedding CHECKPOINT --rank 16 --dry-run[/bold] · "
+    "[bold]so8t compress-embedding CHECKPOINT --out SMALL --rank 512 --max-relative-error 0.2[/bold]",
+)
+def compress_embedding(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors weights; only read.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist or be empty.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of every bond between two cores.")] = 16,
+    cores: Annotated[int, typer.Option(help="Number of cores, 2 or 3.")] = 2,
+    sweeps: Annotated[int, typer.Option(help="Sweeps of least squares after the decomposition.")] = 3,
+    max_relative_error: Annotated[float, typer.Option(help="Largest relative Frobenius error that is written.")] = 0.1,
+    id_permutation: Annotated[
+        Literal["golden", "identity"], typer.Option(help="Order of the ids in the train.")
+    ] = "golden",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and report, write nothing.")] = False,
+) -> None:
+    """Replace a checkpoint's embedding by a tensor train; refuse, with the rank needed, when the error is too large.
+
+    The result is read by so8t_torch.compress.load_compressed. With --dry-run the exit status is 1 when the error is
+    above the gate.
+    """
+    from so8t_torch.compress import compress_checkpoint
+
+    report = compress_checkpoint(
+        checkpoint,
+        out,
+        rank=rank,
+        num_cores=cores,
+        sweeps=sweeps,
+        max_relative_error=max_relative_error,
+        id_permutation=id_permutation,
+        dry_run=dry_run,
+    )
+    for table in report.tables():
+        Console().print(table)
+    raise typer.Exit(0 if report.kept else 1)
 
 
 @app.command(

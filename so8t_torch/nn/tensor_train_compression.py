@@ -222,7 +222,7 @@ def rank_for_error(
 
 
 def permutation_of(kind: Permutation, size: int, device: torch.device | str | None = None) -> Int[Tensor, " v"]:
-    """Return a bijection of [0, V) as a tensor: position of every id in the train.
+    """Return a bijection of [0, V) as an int32 tensor: the position of every id in the train.
 
     Args:
         kind: ``"golden"``, ``"identity"``, or the bijection itself.
@@ -232,7 +232,7 @@ def permutation_of(kind: Permutation, size: int, device: torch.device | str | No
     Raises:
         ConfigError: an unknown name, or a tensor that is no bijection of [0, V).
     """
-    ids = torch.arange(size, device=device)
+    ids = torch.arange(size, device=device, dtype=torch.int32)
     if isinstance(kind, Tensor):
         if kind.shape != (size,) or kind.is_floating_point() or not torch.equal(kind.to(ids).sort().values, ids):
             raise ConfigError(f"id_permutation: expected each of 0..{size - 1} once, got a tensor {tuple(kind.shape)}.")
@@ -243,7 +243,7 @@ def permutation_of(kind: Permutation, size: int, device: torch.device | str | No
         raise ConfigError(f"id_permutation: expected 'golden', 'identity' or a tensor, got {kind!r}.")
     near = round(size * (math.sqrt(5) - 1) / 2)
     factor = min((g for g in range(1, size + 1) if math.gcd(g, size) == 1), key=lambda g: abs(g - near))
-    return ids * factor % size
+    return (ids.long() * factor % size).int()
 
 
 def factors_of(

@@ -1,0 +1,150 @@
+"""Checkpoint folders: which safetensors file holds which tensor, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from so8t_torch.core.errors import ConfigError, DataError
+
+__all__ = ["Checkpoint", "free_folder", "in_one_step", "model_class", "open_checkpoint", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a checkpoint folder: which file holds which tensor."""
+
+    folder: Path
+    files: dict[str, str]
+
+    def read(self, key: str) -> Tensor:
+        """Return one tensor, reading no other."""
+        with _opened(self.folder / self.files[key]) as file:
+            return file.get_tensor(key)
+
+    def names(self) -> list[str]:
+        """Return the weight files in order."""
+        return sorted(set(self.files.values()))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Return which file holds which tensor, after checking that every file is there.
+
+    Args:
+        folder: with safetensors weights, whole or in shards.
+
+    Raises:
+        DataError: there are none, the index is unreadable, or a file is missing or damaged.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{index}: expected a JSON index with a weight_map; it cannot be read: {error}") from error
+    elif single.is_file():
+        with _opened(single) as file:
+            files = dict.fromkeys(file.keys(), single.name)
+    else:
+        raise DataError(
+            f"{folder}: expected model.safetensors or model.safetensors.index.json; other formats are not read. "
+            "Save the model again with save_pretrained."
+        )
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise DataError(f"{folder}: the index names {name!r}, which is not a file there; complete the checkpoint.")
+    return Checkpoint(folder, files)
+
+
+def model_class(folder: Path) -> Any:
+    """Return the class of transformers that ``config.json`` names.
+
+    Args:
+        folder: with ``config.json``.
+
+    Raises:
+        ConfigError: it cannot be read, names no class of transformers, or says that the weights are quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no model configuration can be read there. The library says: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{folder}: expected plain weights, got a quantised checkpoint; dequantise it first.")
+    name = next(iter(getattr(config, "architectures", None) or ()), None)
+    if name is None or not hasattr(transformers, name):
+        raise ConfigError(f"{folder}: expected an architecture that transformers has, got {name!r} in config.json.")
+    return getattr(transformers, name)
+
+
+def in_one_step(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside the target and rename it; a failure leaves nothing behind.
+
+    Args:
+        target: absent or empty.
+        fill: writes into the folder it is given.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fill(staging)
+        if target.exists():
+            target.rmdir()
+        staging.chmod(0o755)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def free_folder(path: str | Path | None, source: Path | None) -> Path:
+    """Return an absolute path at which a folder may be made; its parent exists then.
+
+    Args:
+        path: the folder asked for.
+        source: a folder that must not contain it, or None.
+
+    Raises:
+        ConfigError: no path is given, something is there already, it lies in the source, or its parent cannot be made.
+    """
+    if path is None:
+        raise ConfigError("expected an output folder; give one, or ask for a dry run.")
+    target = Path(path).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"expected {target} not to exist or to be an empty folder; choose another name.")
+    if source is not None and target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"expected an output outside the source {source}, which is only read, got {target}.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{target.parent} cannot be made ({error}); choose another place.") from error
+    return target
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    with _opened(path):
+        return load_file(path)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a complete safetensors file ({error}); copy it again.") from error
