@@ -94,8 +94,10 @@ def add(
     large, small = jnp.where(ordered, a, b), jnp.where(ordered, b, a)
     opposed = sign_a * sign_b < 0
     gap = jnp.where(jnp.isinf(large) | (opposed & (large == small)), 1.0, large - small)
-    shrunk = jnp.log(-jnp.expm1(-jnp.where(opposed, gap, 1.0)))
-    log = large + jnp.where(opposed, shrunk, jnp.log1p(jnp.exp(-gap)))
+    near = opposed & (gap < 1.0)
+    close = jnp.log(-jnp.expm1(-jnp.where(near, gap, 1.0)))
+    apart = jnp.log1p(jnp.where(opposed, -1.0, 1.0) * jnp.exp(-jnp.where(near, 1.0, gap)))
+    log = large + jnp.where(near, close, apart)
     log = jnp.where(opposed & (large == small), jnp.where(large == jnp.inf, jnp.nan, -jnp.inf), log)
     zero, undefined = log == -jnp.inf, jnp.isnan(log)
     sign = jnp.where(zero, 0, jnp.where(undefined, 1, jnp.where(ordered, sign_a, sign_b))).astype(jnp.int8)
