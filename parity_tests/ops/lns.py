@@ -21,9 +21,12 @@ SHORT = ({"M": 1, "K": 1, "N": 1}, {"M": 1, "K": 9, "N": 3}, {"M": 3, "K": 2, "N
 
 MODERATE: dict[str, Strategy] = {"moderate": draws.moderate, "zeros": draws.zeros}
 """Logs of size one: the error of a log is the relative error of its number."""
-FAR: dict[str, Strategy] = {"wide": draws.wide, "shifted": draws.shifted, "lopsided": draws.lopsided}
-"""Logs of a hundred and more: a rounded log of size h is a factor wrong by hu."""
-PRODUCTS = {**MODERATE, **FAR}
+FAR: dict[str, Strategy] = {"wide": draws.wide, "shifted": draws.shifted}
+"""Logs of a hundred and more: a rounded log of size h is a number wrong by hu."""
+LOPSIDED: dict[str, Strategy] = {"lopsided": draws.lopsided}
+"""Results of size one, three hundred below the largest factors of their row and column."""
+WIDE_DTYPES = ("float64", "float32")
+"""In half precision distant logs are so coarse that terms of opposite sign become equal, and nothing is left."""
 
 
 def of_vectors(inputs: dict[str, Strategy], draw: Any) -> dict[str, Strategy]:
@@ -96,6 +99,8 @@ UNSIGNED = Budget(forward=4.0, gradient=16.0, floor=1.0)
 FAR_UNSIGNED = Budget(forward=2.0, gradient=256.0, floor=1.0)
 # Kuκ at worst, with K = 37 and κ up to 100 in these draws; weights of size κ add their own factor to the gradient.
 SIGNED = Budget(forward=64.0, gradient=512.0, floor=1.0)
+# The rounding of A − a, which is 300 here, is amplified by exp: (3) of docs/math/lns.md with depth 300.
+DEEP = Budget(forward=256.0, gradient=1024.0, floor=1.0)
 FAR_SIGNED = Budget(forward=16.0, gradient=2048.0, floor=1.0)
 CANCELLING = Budget(forward=1024.0, gradient=2048.0, floor=1.0)
 
@@ -107,15 +112,32 @@ def vectors_pair(name: str, oracle: Any, identities: tuple[Law, ...]) -> OpPair:
         reference=getattr(reference, name),
         production=getattr(production, name),
         oracle=oracle,
-        inputs=of_vectors(PRODUCTS, draws.two_vectors),
+        inputs=of_vectors({**MODERATE, **FAR}, draws.two_vectors),
         sizes=VECTOR,
         wrt=(1, 3),
         budget=ENTRYWISE,
         laws=identities,
         rejections=VECTOR_REJECTIONS,
-        nonfinite=("zeros",),
+        nonfinite=("zeros", "shifted"),
         edge_sizes=({"n": 1},),
         bitwise_batch=True,
+    )
+
+
+def sum_pair(variant: str, inputs: dict[str, Strategy], budget: Budget, **fields: Any) -> OpPair:
+    """Declare the sum over an axis on some inputs."""
+    return OpPair(
+        name=f"lns.sum{variant}",
+        reference=reference.sum,
+        production=production.sum,
+        oracle=draws.sum_by_terms,
+        inputs=of_vectors(inputs, draws.vector),
+        sizes=VECTOR,
+        wrt=(1,),
+        budget=budget,
+        nonfinite=tuple(name for name in ("zeros",) if name in inputs),
+        edge_sizes=({"n": 1},),
+        **fields,
     )
 
 
@@ -135,8 +157,7 @@ def matmul_pair(variant: str, inputs: dict[str, Strategy], budget: Budget, **fie
         inputs=inputs,
         sizes=PRODUCT,
         budget=budget,
-        backends=BACKENDS,
-        **chosen,
+        **{"backends": BACKENDS, **chosen},
     )
 
 
@@ -214,23 +235,12 @@ PAIRS: tuple[OpPair, ...] = (
         draws.sub_by_entry,
         (Law("itself", laws.itself_law, 4.0), Law("linear", laws.linear_law(np.subtract), 16.0)),
     ),
-    OpPair(
-        name="lns.sum",
-        reference=reference.sum,
-        production=production.sum,
-        oracle=draws.sum_by_terms,
-        inputs=of_vectors(PRODUCTS, draws.vector),
-        sizes=VECTOR,
-        wrt=(1,),
-        budget=SIGNED,
-        laws=(Law("fold", laws.fold_law, 16.0),),
-        rejections=TERMS_REJECTIONS,
-        nonfinite=("zeros",),
-        edge_sizes=({"n": 1},),
-    ),
+    sum_pair("", MODERATE, SIGNED, laws=(Law("fold", laws.fold_law, 16.0),), rejections=TERMS_REJECTIONS),
+    sum_pair(":far", {**FAR, **LOPSIDED}, FAR_SIGNED, dtypes=WIDE_DTYPES),
     matmul_pair("", MODERATE, SIGNED, laws=MATMUL_LAWS, rejections=MATMUL_REJECTIONS),
-    matmul_pair(":far", FAR, FAR_SIGNED),
-    matmul_pair(":cancelling", {"cancelling": draws.cancelling}, CANCELLING, dtypes=("float64", "float32")),
+    matmul_pair(":far", FAR, FAR_SIGNED, dtypes=WIDE_DTYPES),
+    matmul_pair(":deep", LOPSIDED, DEEP, dtypes=WIDE_DTYPES),
+    matmul_pair(":cancelling", {"cancelling": draws.cancelling}, CANCELLING, dtypes=WIDE_DTYPES),
     matmul_pair(
         ":guarded",
         {"moderate": draws.moderate},
@@ -239,13 +249,21 @@ PAIRS: tuple[OpPair, ...] = (
         twice=False,
         finite_differences=False,
     ),
-    matmul_pair(":nonfinite", {"nonfinite": draws.nonfinite}, SIGNED, wrt=(), edge_sizes=()),
-    matmul_pair(":max", PRODUCTS, EXACT, keywords={"mode": "max"}, oracle=draws.largest_by_loops),
+    matmul_pair(
+        ":nonfinite",
+        {"moderate": draws.moderate, "nonfinite": draws.nonfinite},
+        SIGNED,
+        wrt=(),
+        edge_sizes=(),
+        backends=(),
+    ),
+    matmul_pair(":max", {**MODERATE, **FAR}, EXACT, keywords={"mode": "max"}, oracle=draws.largest_by_loops),
     logs_pair("", MODERATE, UNSIGNED, laws=UNSIGNED_LAWS, rejections=LOGMATMULEXP_REJECTIONS),
     logs_pair(":far", FAR, FAR_UNSIGNED),
+    logs_pair(":deep", LOPSIDED, DEEP),
     logs_pair(
         ":max",
-        PRODUCTS,
+        {**MODERATE, **FAR},
         EXACT,
         keywords={"mode": "max"},
         oracle=draws.without_signs(draws.largest_by_loops),

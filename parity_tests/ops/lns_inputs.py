@@ -68,12 +68,14 @@ def zeros(generator: np.random.Generator, size: Size) -> Example:
 def lopsided(generator: np.random.Generator, size: Size) -> Example:
     """Draw numbers around one, and one term whose left factor is exp(200) and whose product is nothing.
 
-    Measured from the largest of its row, every factor that matters is below the smallest float32.
+    Measured from the largest of its row, every factor that matters is below the smallest float32. The terms of an
+    output have one sign, so that depth is judged by itself.
     """
-    sign_a, log_a, sign_b, log_b = gaussian(generator, size, 1.0)
+    _, log_a, _, log_b = gaussian(generator, size, 1.0)
     log_a[:, 0] += 200.0
     log_b[0] -= 300.0
-    return sign_a, log_a, sign_b, log_b
+    rows, middle, columns = (generator.choice([-1, 1], size[axis]).astype(np.int8) for axis in "MKN")
+    return np.outer(rows, middle), log_a, np.outer(middle, columns), log_b
 
 
 def cancelling(generator: np.random.Generator, size: Size) -> Example:
