@@ -124,8 +124,8 @@ def descent_law(f: Any, example: Example) -> np.ndarray:
 
 # A row adds Π r_k products of K factors. Their signs differ, but the largest entry of a row seldom cancels.
 ROWS_BUDGET = Budget(forward=32.0, gradient=64.0)
-# A logit adds Π w_k products of a row and h. A loss is a difference of logits and is judged against one nat; the gradient
-# of a hidden state is a mean of rows minus a row, whose entries are of order one.
+# A logit adds Π w_k products of a row and h. A loss is a difference of logits and is judged against one nat; the
+# gradient of a hidden state is a mean of rows minus a row, whose entries are of order one.
 HEAD_BUDGET = Budget(forward=64.0, gradient=64.0)
 LOSS_BUDGET = Budget(forward=64.0, gradient=64.0, floor=1.0, gradient_floor=1.0)
 # Singular vectors turn by eps times the largest singular value over the gap, here at most a few hundred.
@@ -299,7 +299,7 @@ PAIRS: tuple[OpPair, ...] = (
     rows_pair(":four_cores", FOUR, judge.rows_inputs(), cores=4, dtypes=DOUBLE, backends=("tiled",)),
     table_pair("", TWO, 2, rejections=refused.TABLE, edge_sizes=SMALL),
     table_pair(":ragged", RAGGED, 2, keywords=CROP, dtypes=FULL),
-    table_pair(":three_cores", RAGGED_THREE, 3, keywords=CROP_THREE),
+    table_pair(":three_cores", RAGGED_THREE, 3, keywords=CROP_THREE, dtypes=DOUBLE),
     table_pair(":complex", TWO[:1], 2, complex_valued=True, dtypes=FULL),
     logits_pair(
         "",
