@@ -32,27 +32,30 @@ def _tile(rows: int, columns: int, depth: int, stages: int, warps: int) -> Tile:
 
 
 ORIGINAL_TILES = (
-    _tile(128, 256, 64, 3, 8),
-    _tile(64, 256, 32, 4, 4),
-    _tile(128, 128, 32, 4, 4),
-    _tile(128, 64, 32, 4, 4),
-    _tile(64, 128, 32, 4, 4),
-    _tile(128, 32, 32, 4, 4),
-    _tile(64, 32, 32, 5, 2),
-    _tile(32, 64, 32, 5, 2),
+    _tile(128, 256, 64, 3, 8), _tile(64, 256, 32, 4, 4), _tile(128, 128, 32, 4, 4), _tile(128, 64, 32, 4, 4),
+    _tile(64, 128, 32, 4, 4), _tile(128, 32, 32, 4, 4), _tile(64, 32, 32, 5, 2), _tile(32, 64, 32, 5, 2),
+)  # fmt: skip
+"""The configurations that the design began from. Each spills registers or needs too much shared memory on some card."""
+PRUNED = {
+    0: ("spills", "shared"), 1: ("spills", "shared"), 2: ("spills", "shared"), 3: ("spills", "shared"),
+    4: ("spills", "shared"), 5: ("spills",), 6: ("spills",), 7: ("spills",),
+}  # fmt: skip
+"""Position in ORIGINAL_TILES → what the compile gate finds on sm_86; a candidate that it lets pass is tuned."""
+FORWARD_TILES = (
+    _tile(64, 64, 32, 2, 4),
+    _tile(128, 32, 32, 2, 4),
+    _tile(32, 64, 32, 2, 2),
+    _tile(128, 64, 32, 2, 8),
+    _tile(64, 128, 32, 2, 8),
+    *(tile for position, tile in enumerate(ORIGINAL_TILES) if position not in PRUNED),
 )
-FORWARD_TILES = (_tile(64, 64, 32, 2, 4), *ORIGINAL_TILES)
 LADDER_TILE = _tile(32, 32, 32, 1, 4)
-LADDER_TILES = (LADDER_TILE,)
 STREAMED_TILES = (Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_N": 32}),)
 ENTRY_TILES = (Tile(warps=4, constants={"BLOCK_N": 128, "BLOCK_K": 256}),)
-LARGEST_TILES = (
-    Tile(warps=4, constants={"BLOCK_M": 64, "BLOCK_N": 64}),
-    Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_N": 64}),
-    Tile(warps=8, constants={"BLOCK_M": 64, "BLOCK_N": 128}),
-)
+LARGEST_TILES = tuple(Tile(warps=w, constants={"BLOCK_M": m, "BLOCK_N": 64}) for m, w in ((32, 4), (64, 8)))
 SHIFT_TILES = (Tile(warps=4, constants={"ROWS": 32, "BLOCK_K": 64}),)
-GRADIENT_TILES = (_tile(64, 32, 64, 2, 4), _tile(32, 32, 32, 2, 4))
+GRADIENT_TILES = (_tile(64, 32, 64, 2, 8), _tile(64, 32, 64, 2, 4), _tile(32, 32, 64, 2, 4))
+"""One BLOCK_K, so that shifts and roundings are the same in each; the same holds for FORWARD_TILES."""
 SCATTER_TILES = (Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_K": 64}),)
 
 
@@ -387,11 +390,15 @@ def scatter_kernel(
 
 @triton.jit
 def gradient_kernel(
-    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, sign_c_ptr, log_c_ptr, g_ptr, da_ptr, rows, columns, K,
+    sign_a_ptr, log_a_ptr, sign_b_ptr, log_b_ptr, sign_c_ptr, log_c_ptr, g_ptr, da_ptr, wide_ptr, rows, columns, K,
     stride_a_row, stride_a_k, stride_b_k, stride_b_column, stride_c_row, stride_c_column, LIMIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BEYOND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """da_ik = Σ_j g_ij s_ik t_kj s_ij exp(a_ik + b_kj − c_ij); zero where c_ij or a_ik is −∞."""
+    """da_ik = Σ_j g_ij s_ik t_kj s_ij exp(a_ik + b_kj − c_ij); zero where c_ij or a_ik is −∞.
+
+    Pairs (i, j) with α_i + β_j − c_ij > LIMIT cannot be factored. They are left out and their rows noted in ``wide``;
+    a second launch with BEYOND adds them term by term, and leaves at once where no row is noted.
+    """
     dtype: tl.constexpr = da_ptr.dtype.element_ty
     matrix, top, left = _corner(rows, K, BLOCK_M, BLOCK_K)
     i, k, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
@@ -401,54 +408,59 @@ def gradient_kernel(
     from_b = matrix * K * columns + tl.cast(left, tl.int64) * stride_b_k
     from_c = matrix * rows * columns + tl.cast(top, tl.int64) * stride_c_row
     at_a = from_a + i[:, None] * stride_a_row + k[None, :] * stride_a_k
-    _, a = _counted(sign_a_ptr, log_a_ptr, at_a, inside, dtype)
-    alpha = tl.max(a, axis=1)
-    factored = tl.zeros([BLOCK_M, BLOCK_K], dtype)
-    beyond = tl.zeros([BLOCK_M, BLOCK_K], dtype)
-    for start in range(0, columns, BLOCK_N):
-        column_in = j < columns - start
-        at_b = from_b + tl.cast(start, tl.int64) * stride_b_column
-        at_b += j[:, None] * stride_b_column + k[None, :] * stride_b_k
-        t, b = _counted(sign_b_ptr, log_b_ptr, at_b, column_in[:, None] & depth_in[None, :], dtype)
-        at_c = from_c + tl.cast(start, tl.int64) * stride_c_column
-        at_c += i[:, None] * stride_c_row + j[None, :] * stride_c_column
-        sign, c = _counted(sign_c_ptr, log_c_ptr, at_c, row_in[:, None] & column_in[None, :], dtype)
-        g = tl.load(g_ptr + at_c, mask=row_in[:, None] & column_in[None, :], other=0.0)
-        beta = tl.max(b, axis=1)
-        excess = tl.where(c == float("-inf"), float("-inf"), alpha[:, None] + beta[None, :] - c)
-        wide = excess > LIMIT
-        W = tl.where((excess == float("-inf")) | wide, 0.0, g * sign * tl.exp(excess))
-        EB = _signed(t, tl.exp(b - _finite(beta)[:, None]))
-        factored += tl.dot(W, EB, input_precision="ieee", out_dtype=dtype)
-        if tl.sum(wide.to(tl.int32)) > 0:
-            for one in range(start, tl.minimum(start + BLOCK_N, columns)):
-                at_c_one = from_c + tl.cast(one, tl.int64) * stride_c_column + i * stride_c_row
-                sign_one, c_one = _counted(sign_c_ptr, log_c_ptr, at_c_one, row_in, dtype)
-                g_one = tl.load(g_ptr + at_c_one, mask=row_in, other=0.0)
-                at_b_one = from_b + tl.cast(one, tl.int64) * stride_b_column + k * stride_b_k
-                t_one, b_one = _counted(sign_b_ptr, log_b_ptr, at_b_one, depth_in, dtype)
-                chosen = (c_one > float("-inf")) & (alpha + tl.max(b_one, axis=0) - c_one > LIMIT)
-                weight = tl.exp(a - c_one[:, None] + b_one[None, :])
-                weight *= (g_one * sign_one)[:, None] * t_one[None, :]
-                beyond += tl.where(chosen[:, None] & (b_one > float("-inf"))[None, :], weight, 0.0)
+    at_wide = wide_ptr + matrix * rows + top + i
+    step = BLOCK_N
+    if BEYOND:
+        if tl.max(tl.load(at_wide, mask=row_in, other=0), axis=0) == 0:
+            return
+        step = 1
     s, a = _counted(sign_a_ptr, log_a_ptr, at_a, inside, dtype)
-    EA = tl.exp(a - _finite(alpha)[:, None])
-    da = tl.where(a == float("-inf"), 0.0, s * (EA * factored + beyond))
-    tl.store(da_ptr + at_a, da, mask=inside)
+    alpha = tl.max(a, axis=1)
+    total = tl.zeros([BLOCK_M, BLOCK_K], dtype)
+    highest = tl.full([BLOCK_M], float("-inf"), dtype)
+    for start in range(0, columns, step):
+        at_b = from_b + tl.cast(start, tl.int64) * stride_b_column
+        at_c = from_c + tl.cast(start, tl.int64) * stride_c_column
+        if BEYOND:
+            t, b = _counted(sign_b_ptr, log_b_ptr, at_b + k * stride_b_k, depth_in, dtype)
+            sign, c = _counted(sign_c_ptr, log_c_ptr, at_c + i * stride_c_row, row_in, dtype)
+            g = tl.load(g_ptr + at_c + i * stride_c_row, mask=row_in, other=0.0)
+            chosen = (c > float("-inf")) & (alpha + tl.max(b, axis=0) - c > LIMIT)
+            if tl.max(chosen.to(tl.int32), axis=0) > 0:
+                weight = tl.exp(a - c[:, None] + b[None, :]) * (g * sign)[:, None] * t[None, :]
+                total += tl.where(chosen[:, None] & (b > float("-inf"))[None, :], weight, 0.0)
+        else:
+            column_in = j < columns - start
+            at_b += j[:, None] * stride_b_column + k[None, :] * stride_b_k
+            t, b = _counted(sign_b_ptr, log_b_ptr, at_b, column_in[:, None] & depth_in[None, :], dtype)
+            at_c += i[:, None] * stride_c_row + j[None, :] * stride_c_column
+            sign, c = _counted(sign_c_ptr, log_c_ptr, at_c, row_in[:, None] & column_in[None, :], dtype)
+            g = tl.load(g_ptr + at_c, mask=row_in[:, None] & column_in[None, :], other=0.0)
+            beta = tl.max(b, axis=1)
+            excess = tl.where(c == float("-inf"), float("-inf"), alpha[:, None] + beta[None, :] - c)
+            highest = tl.maximum(highest, tl.max(excess, axis=1))
+            W = tl.where((excess == float("-inf")) | (excess > LIMIT), 0.0, g * sign * tl.exp(excess))
+            EB = _signed(t, tl.exp(b - _finite(beta)[:, None]))
+            total += tl.dot(W, EB, input_precision="ieee", out_dtype=dtype)
+    s, a = _counted(sign_a_ptr, log_a_ptr, at_a, inside, dtype)
+    da = tl.load(da_ptr + at_a, mask=inside, other=0.0)
+    if BEYOND:
+        da += s * total
+    else:
+        da += s * tl.exp(a - _finite(alpha)[:, None]) * total
+        tl.store(at_wide, tl.full([BLOCK_M], 1, tl.int8), mask=row_in & (highest > LIMIT))
+    tl.store(da_ptr + at_a, tl.where(a == float("-inf"), 0.0, da), mask=inside)
 
 
 def matmul(
     sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor, mode: str
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return sign, log and rung of (batch, M, K) · (batch, K, N), or of two matrices; no sign means that all are +1.
+    """Return sign, log and rung of (batch, M, K) · (batch, K, N); no sign means that all are +1.
 
     Returns:
         sign (int8, or None without signs), log in the accumulation dtype, rung (int8): 0 rescaled, 2 blocked,
         3 float64, 4 streamed, and −3 where float64 leaves the sign in doubt. Mode ``"max"`` is rung 0 throughout.
     """
-    if log_a.ndim == 2:
-        found = matmul(_batch_of_one(sign_a), log_a[None], _batch_of_one(sign_b), log_b[None], mode)
-        return None if found[0] is None else found[0][0], found[1][0], found[2][0]
     operands, (batch, M, N, K) = _operands(sign_a, log_a, sign_b, log_b)
     dtype = accumulation_dtype(log_a.dtype)
     log = torch.empty(batch, M, N, dtype=dtype, device=log_a.device)
@@ -456,20 +468,17 @@ def matmul(
     rung = torch.zeros(log.shape, dtype=torch.int8, device=log.device)
     if K == 0 or log.numel() == 0:
         return None if sign is None else sign.zero_(), log.fill_(-torch.inf), rung
-    results = {"sign_c_ptr": sign, "log_c_ptr": log, "M": M, "N": N, "K": K}
+    shared = {**operands, "sign_c_ptr": sign, "log_c_ptr": log, "M": M, "N": N, "K": K}
+    grid, sizes, scale = _over("BLOCK_M", "BLOCK_N", batch, M, N), ("M", "N", "K"), _scale(dtype)
     if mode == "max":
-        arguments = {**operands, **results, "index_ptr": None}
-        launch(largest_kernel, LARGEST_TILES, _outputs(batch, M, N), arguments, ("M", "N", "K"))
+        launch(largest_kernel, LARGEST_TILES, grid, {**shared, "index_ptr": None}, sizes)
         return sign, log, rung
+    shared["rung_ptr"] = rung
     shifts = _shifts(operands, batch, M, N, K, dtype)
-    scale = _scale(dtype)
-    shared = {**operands, **results, "rung_ptr": rung}
-    launch(forward_kernel, _fitting(FORWARD_TILES, dtype), _outputs(batch, M, N), {**shared, **shifts, **scale},
-           ("M", "N", "K"))  # fmt: skip
-    tile = LADDER_TILES[0].constants
-    few = {"few": tile["BLOCK_M"] * tile["BLOCK_N"] // 64}
-    launch(blocked_kernel, LADDER_TILES, _outputs(batch, M, N), {**shared, **few, **scale})
-    launch(streamed_kernel, STREAMED_TILES, _outputs(batch, M, N), {**shared, **few, "UNIT": scale["UNIT"]})
+    launch(forward_kernel, _fitting(FORWARD_TILES, dtype), grid, {**shared, **shifts, **scale}, sizes)
+    few = {"few": LADDER_TILE.constants["BLOCK_M"] * LADDER_TILE.constants["BLOCK_N"] // 64}
+    launch(blocked_kernel, (LADDER_TILE,), grid, {**shared, **few, **scale})
+    launch(streamed_kernel, STREAMED_TILES, grid, {**shared, **few, "UNIT": scale["UNIT"]})
     launch(entry_kernel, ENTRY_TILES, lambda tile: (batch * M * triton.cdiv(N, tile["BLOCK_N"]),), shared)
     return sign, log, rung
 
@@ -479,10 +488,6 @@ def matmul_backward(
     sign_c: Tensor | None, log_c: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of Σ g c in the accumulation dtype; ``guard`` is True where an output gives none."""
-    if log_a.ndim == 2:
-        single = [_batch_of_one(x) for x in (g, guard, sign_a, log_a, sign_b, log_b, sign_c, log_c)]
-        da, db = matmul_backward(*single)  # type: ignore[arg-type]
-        return da[0], db[0]
     operands, (batch, M, N, K) = _operands(sign_a, log_a, sign_b, log_b)
     dtype = accumulation_dtype(log_a.dtype)
     da = torch.zeros(batch, M, K, dtype=dtype, device=g.device)
@@ -507,10 +512,13 @@ def matmul_backward(
     ):  # fmt: skip
         arguments = {
             **factors, **weights, **strides, "da_ptr": out, "rows": rows, "columns": columns, "K": K,
+            "wide_ptr": torch.zeros(batch, rows, dtype=torch.int8, device=g.device),
             "stride_c_row": down[0], "stride_c_column": down[1],
         }  # fmt: skip
-        launch(gradient_kernel, _fitting(GRADIENT_TILES, dtype), _over("BLOCK_M", "BLOCK_K", batch, rows, K), arguments,
-               ("rows", "columns", "K", "stride_a_row"))  # fmt: skip
+        grid, tune_on = _over("BLOCK_M", "BLOCK_K", batch, rows, K), ("rows", "columns", "K", "stride_a_row")
+        tiles = _fitting(GRADIENT_TILES, dtype)
+        launch(gradient_kernel, tiles, grid, {**arguments, "BEYOND": False}, tune_on, ("da_ptr",))
+        launch(gradient_kernel, (LADDER_TILE,), grid, {**arguments, "BEYOND": True})
     return da, db
 
 
@@ -518,9 +526,6 @@ def max_backward(
     g: Tensor, sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of Σ g c for mode ``"max"``: each g_ij goes to the first largest term of (i, j)."""
-    if log_a.ndim == 2:
-        da, db = max_backward(g[None], _batch_of_one(sign_a), log_a[None], _batch_of_one(sign_b), log_b[None])  # type: ignore[arg-type]
-        return da[0], db[0]
     operands, (batch, M, N, K) = _operands(sign_a, log_a, sign_b, log_b)
     dtype = accumulation_dtype(log_a.dtype)
     da = torch.zeros(batch, M, K, dtype=dtype, device=g.device)
@@ -530,7 +535,7 @@ def max_backward(
     log = torch.empty(batch, M, N, dtype=dtype, device=g.device)
     index = torch.empty(log.shape, dtype=torch.int32, device=g.device)
     arguments = {**operands, "sign_c_ptr": None, "log_c_ptr": log, "index_ptr": index, "M": M, "N": N, "K": K}
-    launch(largest_kernel, LARGEST_TILES, _outputs(batch, M, N), arguments, ("M", "N", "K"))
+    launch(largest_kernel, LARGEST_TILES, _over("BLOCK_M", "BLOCK_N", batch, M, N), arguments, ("M", "N", "K"))
     shared = {"g_ptr": g.to(dtype).contiguous(), "index_ptr": index, "K": K}
     for out, rows, columns, index_strides, strides in ((da, M, N, (N, 1), (K, 1)), (db, N, M, (1, N), (1, N))):
         arguments = {
@@ -552,7 +557,8 @@ def _shifts(operands: dict[str, Any], batch: int, M: int, N: int, K: int, dtype:
             "norm_ptr": norm, "rows": rows, "K": K, "stride_batch": strides[0], "stride_row": strides[1],
             "stride_k": strides[2],
         }  # fmt: skip
-        launch(shift_kernel, SHIFT_TILES, _strips(batch, rows), arguments)
+        programs = batch * triton.cdiv(rows, SHIFT_TILES[0].constants["ROWS"])
+        launch(shift_kernel, SHIFT_TILES, lambda _, programs=programs: (programs,), arguments)  # type: ignore[misc]
         found |= {f"shift_{side}_ptr": shift, f"norm_{side}_ptr": norm}
     return found
 
@@ -565,13 +571,10 @@ def _operands(
         sign_a = torch.ones(log_a.shape, dtype=torch.int8, device=log_a.device)
     if sign_b is None and sign_a is not None:
         sign_b = torch.ones(log_b.shape, dtype=torch.int8, device=log_b.device)
-    tensors = {"sign_a_ptr": sign_a, "log_a_ptr": log_a, "sign_b_ptr": sign_b, "log_b_ptr": log_b}
+    a, b = (x.to(accumulation_dtype(x.dtype)) for x in (log_a, log_b))
+    tensors = {"sign_a_ptr": sign_a, "log_a_ptr": a, "sign_b_ptr": sign_b, "log_b_ptr": b}
     operands = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
     return operands, (log_a.shape[0], log_a.shape[1], log_b.shape[2], log_a.shape[2])
-
-
-def _batch_of_one(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x[None]
 
 
 def _scale(dtype: torch.dtype) -> dict[str, float]:
@@ -585,14 +588,6 @@ def _fitting(tiles: tuple[Tile, ...], dtype: torch.dtype) -> tuple[Tile, ...]:
     return (LADDER_TILE,) if dtype == torch.float64 else tiles
 
 
-def _outputs(batch: int, M: int, N: int) -> Grid:
-    return _over("BLOCK_M", "BLOCK_N", batch, M, N)
-
-
 def _over(down: str, across: str, batch: int, rows: int, columns: int) -> Grid:
     """Return the grid of one program per matrix and tile."""
     return lambda tile: (batch * triton.cdiv(rows, tile[down]) * triton.cdiv(columns, tile[across]),)
-
-
-def _strips(batch: int, rows: int) -> Grid:
-    return lambda tile: (batch * triton.cdiv(rows, tile["ROWS"]),)
