@@ -172,10 +172,8 @@ def _krylov(matrix: Tensor, rank: int, block: int) -> tuple[Tensor, Tensor, Tens
         images: list[Tensor] = []
         for _ in range(depth):
             fresh = matrix @ (images[-1] if images else start)
-            for _ in range(2):
-                for q in basis:
-                    fresh = fresh - q @ (q.mH @ fresh)
-                fresh = torch.linalg.qr(fresh).Q
+            # by reflections over everything so far: orthonormal even where nothing is left but rounding
+            fresh = torch.linalg.qr(torch.cat([*basis, fresh], 1)).Q[:, -block:]
             basis.append(fresh)
             images.append(matrix.mH @ fresh)
         v, s, uh = torch.linalg.svd(torch.cat(images, 1), full_matrices=False)
@@ -295,7 +293,7 @@ def _right_orthonormal(trains: list[Tensor]) -> list[Tensor]:
 def _balanced(cores: list[Tensor]) -> list[Tensor]:
     """Return the cores scaled to one Frobenius norm, the geometric mean of theirs; a zero train stays as it is."""
     norms = [float(core.norm()) for core in cores]
-    if min(norms) == 0.0:
+    if len(cores) == 1 or min(norms) == 0.0:
         return cores
     shared = math.exp(math.fsum(map(math.log, norms)) / len(norms))
     return [core * (shared / norm) for core, norm in zip(cores, norms, strict=True)]
