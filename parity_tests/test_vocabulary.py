@@ -11,7 +11,7 @@ import so8t_jax.ops
 import so8t_torch.ops
 from parity_tests.harness import census
 from parity_tests.harness.generate import CHECKS
-from parity_tests.harness.vocabulary import room_problems, rooms
+from parity_tests.harness.vocabulary import room_problems, rooms, signature_problems
 from parity_tests.ops import PAIRS
 from parity_tests.toy import SOUND, toy_production, toy_reference
 
@@ -58,3 +58,24 @@ def test_missing_page_declaration_export_and_room(toy_rooms: Any) -> None:
     assert "toy.other is exported on one side only" in room_problems(left, right, [SOUND], pages)
     (pages / "toy.md").unlink()
     assert "toy has no page" in str(room_problems(left, right, [SOUND], pages))
+
+
+def test_keyword_whose_default_differs() -> None:
+    def reference(x: Any, *, floor: float = 0.0) -> Any:
+        return x + floor
+
+    def production(x: Any, *, floor: float = 1.0) -> Any:
+        return x + floor
+
+    assert signature_problems(reference, production) == ["defaults of floor differ: reference 0.0, production 1.0"]
+
+
+def test_variadic_parameter_of_another_name() -> None:
+    def reference(ids: Any, *cores: Any) -> Any:
+        return ids, cores
+
+    def production(ids: Any, *factors: Any) -> Any:
+        return ids, factors
+
+    assert "reference (ids, *cores), production (ids, *factors)" in str(signature_problems(reference, production))
+    assert signature_problems(reference, reference) == []
