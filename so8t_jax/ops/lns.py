@@ -93,7 +93,8 @@ def add(
     ordered = a >= b
     large, small = jnp.where(ordered, a, b), jnp.where(ordered, b, a)
     opposed = sign_a * sign_b < 0
-    gap = jnp.where(jnp.isinf(large) | (opposed & (large == small)), 1.0, large - small)
+    settled = (jnp.isinf(large) & ~jnp.isnan(small)) | (opposed & (large == small))
+    gap = jnp.where(settled, 1.0, large - small)
     near = opposed & (gap < 1.0)
     close = jnp.log(-jnp.expm1(-jnp.where(near, gap, 1.0)))
     apart = jnp.log1p(jnp.where(opposed, -1.0, 1.0) * jnp.exp(-jnp.where(near, 1.0, gap)))

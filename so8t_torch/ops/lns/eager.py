@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from so8t_torch.core.errors import DomainError
 from so8t_torch.core.precision import accumulation_dtype
@@ -60,7 +61,7 @@ def add(sign_a: Tensor, log_a: Tensor, sign_b: Tensor, log_b: Tensor) -> tuple[T
     sign, other = torch.where(a >= b, sign_a, sign_b), torch.where(a >= b, sign_b, sign_a)
     opposed = sign * other < 0
     tied = first == second
-    settled = first.isinf() | (tied & opposed)
+    settled = (first.isinf() & ~second.isnan()) | (tied & opposed)
     gap = torch.where(settled, 1.0, first - second)
     grown = first + torch.exp(-gap).log1p()
     distant = ~opposed | (gap > NEAR)
@@ -69,7 +70,7 @@ def add(sign_a: Tensor, log_a: Tensor, sign_b: Tensor, log_b: Tensor) -> tuple[T
     undefined = tied & opposed & (first == math.inf)
     limit = torch.where(undefined, math.nan, torch.where(tied & opposed, -math.inf, first.detach()))
     log = torch.where(settled, limit, torch.where(opposed, shrunk, grown)).to(dtype)
-    return torch.where(log == -math.inf, 0, sign).to(torch.int8), log
+    return torch.where(log.isnan(), 1, torch.where(log == -math.inf, 0, sign)).to(torch.int8), log
 
 
 def sum_last(sign: Tensor, log: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +82,35 @@ def sum_last(sign: Tensor, log: Tensor) -> tuple[Tensor, Tensor]:
     infinite = peak == math.inf
     shift = torch.where(peak.isinf(), 0.0, peak)
     weight = torch.where(infinite, (wide == math.inf).double(), (wide - shift).exp())
-    total, out = _logarithm((sign * weight).sum(-1), torch.where(infinite, peak, shift).squeeze(-1))
-    return total, out.to(log.dtype)
+    total = (sign * weight).sum(-1)
+    opposed = infinite.squeeze(-1) & (total.abs() != weight.sum(-1))
+    shift = torch.where(infinite, peak, shift).squeeze(-1)
+    found, out = _logarithm(torch.where(opposed, math.nan, total), shift)
+    return found, out.to(log.dtype)
 
 
 def matmul(sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor) -> tuple[Tensor, Tensor]:
     """Return sign and log of the product of (…, M, K) and (…, K, N) in float64."""
+    if not bool((log_a.amax() < math.inf) & (log_b.amax() < math.inf)):
+        return _without_derivative(sign_a, log_a, sign_b, log_b)
     left, right, shift = _factors(sign_a, log_a, sign_b, log_b)
     return _logarithm(left @ right, shift)
+
+
+def _without_derivative(
+    sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the product of logs among which are +∞ or NaN, which has values but no derivative."""
+    if (log_a.requires_grad or log_b.requires_grad) and torch.is_grad_enabled() or _has_tangent(log_a, log_b):
+        raise DomainError(
+            "lns: expected finite logs or −∞ where derivatives are taken, got +∞ or NaN; mask them first."
+        )
+    found = ladder.matmul(ladder.operands(sign_a, log_a.double(), sign_b, log_b.double()))
+    return found.sign, found.log
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    return any(unpack_dual(x).tangent is not None for x in tensors)
 
 
 def second_gradient(
@@ -169,17 +191,17 @@ def _factors(
 
 
 def _refuse_out_of_range(log_a: Tensor, log_b: Tensor, total: Tensor) -> None:
-    """Raise unless every sum of magnitudes is in the range of a float64 product, has no term, or is not a number."""
+    """Raise unless every sum of magnitudes is finite and in the range of a float64 product, or has no term."""
     roundoff = torch.finfo(torch.float64).eps / 2
-    lost = total <= log_a.shape[-1] * math.exp(-ladder.EXPONENT_RANGE[torch.float64]) / roundoff
+    lost = ~(total > log_a.shape[-1] * math.exp(-ladder.EXPONENT_RANGE[torch.float64]) / roundoff)
     if not bool(lost.any()):
         return
     present_a, present_b = ((log != -math.inf).double() for log in (log_a, log_b))
     if bool((lost & (present_a @ present_b > 0)).any()):
         raise DomainError(
-            "lns: expected logs that float64 factors can carry, at most about 600 between what matters and the largest "
-            "of its row or column, got wider ones; use backend='rescaled' (CPU) or 'triton', which are exact for every "
-            "range but have first derivatives only there, in reverse mode."
+            "lns: expected logs that float64 factors can carry, none NaN or +∞ and at most about 600 between what "
+            "matters and the largest of its row or column, got others; use backend='rescaled' (CPU) or 'triton', which "
+            "are exact for every range but have first derivatives only there, in reverse mode."
         )
 
 
