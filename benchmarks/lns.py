@@ -1,11 +1,11 @@
 """Claim: a log-sum-exp matrix product costs about as much as a dense one, a hundredth of what its peers take, on a CPU.
 
 Compared in float32: forward and forward + backward of the unsigned and the signed product against ``torch.matmul`` of
-the same sizes; the unsigned product at 512³ against torch-struct, torch-semiring-einsum, the broadcast formula and
-two forms of pykeops; logs of growing spread, for which more and more outputs need a higher rung of the ladder, against
-the broadcast formula; and the linear layer against ``nn.Linear``. A time below the matrix product's would be a ratio above 1: 0.5 means that the
-log-domain semantics cost one more dense product. They buy range and exact zeros, not energy.
-Peaks are bytes that the call itself allocates through torch's CPU allocator, so pykeops has none.
+the same sizes; the unsigned product at 512³ against torch-struct, torch-semiring-einsum, the broadcast formula and two
+forms of pykeops; logs of growing spread, for which more and more outputs need a higher rung of the ladder, against the
+broadcast formula; and the linear layer against ``nn.Linear``. Beside a dense product no ratio can be above 1: 0.5 means
+that the log-domain semantics cost as much again. They buy range and exact zeros, not energy.
+Peaks are bytes that the call itself allocates through torch's CPU allocator, which pykeops does not use.
 
 Run: python -m benchmarks.lns
 """
