@@ -71,9 +71,11 @@ def _cross_entropy(
     hidden: Tensor, targets: Tensor, cores: list[Tensor], vocab_size: int, ignore: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from so8t_torch.ops.tensor_train import kernels
+        from so8t_torch.ops.tensor_train import head_kernels
 
-        return kernels.head_forward(hidden, targets, *cores, vocab_size)
+        aims = torch.where(targets == ignore, -1, targets)
+        loss, normaliser = head_kernels.head_forward(hidden, aims, *cores, vocab_size)
+        return loss, normaliser.double()
     return head.cross_entropy_tiled(hidden, targets, cores, vocab_size, ignore)
 
 
@@ -88,9 +90,11 @@ def _cross_entropy_gradient(
     backend: str,
 ) -> list[Tensor]:
     if backend == "triton":
-        from so8t_torch.ops.tensor_train import kernels
+        from so8t_torch.ops.tensor_train import head_kernels
 
-        return list(kernels.head_backward(grad, hidden, targets, normaliser, *cores, vocab_size))
+        aims = torch.where(targets == ignore, -1, targets)
+        found = head_kernels.head_backward(grad, hidden, aims, normaliser.float(), *cores, vocab_size)
+        return [share.to(x.dtype) for share, x in zip(found, (hidden, *cores), strict=True)]
     return head.cross_entropy_gradient_tiled(grad, hidden, targets, normaliser, cores, vocab_size, ignore)
 
 
@@ -155,7 +159,7 @@ def _(_grad: Tensor, hidden: Tensor, cores: list[Tensor], *_: Any) -> list[Tenso
 @cross_entropy.register_fake
 def _(hidden: Tensor, targets: Tensor, cores: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(torch.promote_types(hidden.dtype, cores[0].dtype))
-    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
+    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=torch.float64)
 
 
 @cross_entropy_gradient.register_fake

@@ -57,7 +57,8 @@ def rows(ids: Tensor, cores: list[Tensor], d_model: int, padding: int | None) ->
     dtype = accumulation_dtype(cores[0].dtype)
     kept = None if padding is None else ids != padding
     parts = digits(ids if kept is None else torch.where(kept, ids, 0), cores)
-    chosen = [core[part].to(dtype) for core, part in zip(cores, parts, strict=True)]
+    # Widened before it is gathered: the gradients of equal ids then meet in the wide dtype.
+    chosen = [core.to(dtype)[part] for core, part in zip(cores, parts, strict=True)]
     if kept is not None:
         chosen = [torch.where(kept[:, None, None, None], core, 0.0) for core in chosen]
     matrices = [core.transpose(2, 3).flatten(2) for core in chosen]

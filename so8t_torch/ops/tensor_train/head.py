@@ -52,7 +52,7 @@ def topk(hidden: Tensor, cores: list[Tensor], k: int, vocab_size: int) -> tuple[
 
 def logits_at(hidden: Tensor, ids: Tensor, cores: list[Tensor]) -> Tensor:
     """Return the logits (T, k) of hidden (T, D) at given ids (T, k) by differentiable operations."""
-    found = eager.rows(ids.flatten(), cores, hidden.shape[1], None).view(*ids.shape, -1)
+    found = eager.rows(ids.flatten(), cores, hidden.shape[1], None).view(*ids.shape, hidden.shape[1])
     return torch.einsum("td,tkd->tk", hidden.to(dtype := _wide_dtype(hidden, cores)), found.to(dtype)).to(hidden.dtype)
 
 
@@ -207,11 +207,11 @@ def logits_gradient_tiled(grad: Tensor, hidden: Tensor, cores: list[Tensor], voc
 def cross_entropy_tiled(
     hidden: Tensor, targets: Tensor, cores: list[Tensor], vocab_size: int, ignore: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss (T,) and the log-sum-exp (T,) of each token; both are 0 where the target is ignored."""
+    """Return the loss (T,) and the log-sum-exp (T,) in float64 of each token; both are 0 where a target is ignored."""
     kept = (targets != ignore).nonzero()[:, 0]
     walk = choose_walk(hidden, cores, vocab_size, kept.numel())
     loss = torch.zeros(targets.shape, dtype=_wide_dtype(hidden, cores), device=hidden.device)
-    normaliser = torch.zeros_like(loss)
+    normaliser = torch.zeros_like(loss, dtype=torch.float64)
     for tokens in _split(kept, walk.tokens):
         h = _wide_rows(hidden[tokens], cores)
         peak = torch.full((tokens.numel(), 1), -math.inf, dtype=h.dtype, device=h.device)
@@ -223,8 +223,8 @@ def cross_entropy_tiled(
             higher = torch.maximum(peak, score.amax(1, keepdim=True))
             total = total * (peak - higher).exp_() + score.sub_(higher).exp_().sum(1, keepdim=True)
             peak = higher
-        normaliser[tokens] = (peak + total.log())[:, 0]
-        loss[tokens] = normaliser[tokens] - aim[:, 0]
+        normaliser[tokens] = (peak.double() + total.double().log())[:, 0]
+        loss[tokens] = (peak - aim + total.log())[:, 0]
     return loss, normaliser
 
 
@@ -234,11 +234,15 @@ def cross_entropy_gradient_tiled(
     """Return the gradients of hidden and the cores: softmax minus the target, slab by slab, never stored whole."""
 
     def slope(tokens: Tensor, ids: Tensor, slab: Tensor, score: Tensor) -> Tensor:
-        p = _masked(score, ids, vocab_size).sub_(normaliser[tokens, None]).exp_()
+        exponent = _masked(score, ids, vocab_size).sub_(high[tokens, None]).sub_(low[tokens, None])
         column, inside = walk.columns(targets[tokens], slab)
-        p.scatter_add_(1, column[:, None], -inside[:, None].to(p.dtype))
-        return p.mul_(grad[tokens, None])
+        aim = exponent.gather(1, column[:, None])
+        # At the target p − 1 without cancellation; elsewhere p.
+        aim = torch.where(inside[:, None], aim.expm1(), aim.exp())
+        return exponent.exp_().scatter_(1, column[:, None], aim).mul_(grad[tokens, None])
 
+    high = normaliser.to(_wide_dtype(hidden, cores))
+    low = (normaliser - high).to(high.dtype)
     kept = (targets != ignore).nonzero()[:, 0]
     walk = choose_walk(hidden, cores, vocab_size, kept.numel())
     return _walk_back(walk, hidden, kept, cores, slope)
