@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parity_tests.kernel_specs.lns import lns_specs
 from parity_tests.kernel_specs.rotation import rotation_specs
 from parity_tests.kernel_specs.second_difference import second_difference_specs
 from parity_tests.kernel_specs.spec import KernelSpec
@@ -11,4 +12,4 @@ __all__ = ["KernelSpec", "specs"]
 
 def specs() -> tuple[KernelSpec, ...]:
     """Return every kernel of the library."""
-    return (*rotation_specs(), *second_difference_specs())
+    return (*lns_specs(), *rotation_specs(), *second_difference_specs())
