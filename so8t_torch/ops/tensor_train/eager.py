@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +23,8 @@ from torch.nn.functional import embedding_bag, pad
 
 from so8t_torch.core.precision import accumulation_dtype
 
-TILE_ELEMENTS = 1 << 17
-"""Numbers per tile of rows: half a megabyte in float32, which a core's second-level cache holds."""
+TILE_ELEMENTS = 3 << 16
+"""Numbers per tile of rows: three quarters of a megabyte in float32, which a core's second-level cache holds."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -180,31 +181,29 @@ def _tiles(found: Segments, cores: list[Tensor]) -> Iterator[tuple[int, int, lis
     """Yield begin, end and the digits of ids that are taken together."""
     width = math.prod([core.shape[3] for core in cores])
     step = max(1, TILE_ELEMENTS // max(width, *(core[0].numel() for core in cores), 1))
-    for begin in range(0, found.unique.numel(), step):
-        chosen = found.unique[begin : begin + step]
-        yield begin, begin + chosen.numel(), digits(chosen, cores)
+    parts = zip(*(part.split(step) for part in digits(found.unique, cores)), strict=True)
+    for begin, chosen in zip(range(0, found.unique.numel(), step), parts, strict=False):
+        yield begin, begin + chosen[0].numel(), list(chosen)
 
 
 def chain(matrices: list[Tensor]) -> Tensor:
     """Return X_K (n, Π w_k) from the gathered matrices (n, r_{k−1}, w_k r_k)."""
-    return _prefixes(matrices)[-1].flatten(1)
+    return torch.bmm(_prefixes(matrices)[-1], matrices[-1]).flatten(1) if len(matrices) > 1 else matrices[0].flatten(1)
 
 
 def _prefixes(matrices: list[Tensor]) -> list[Tensor]:
-    """Return the products of the first 1, …, K gathered matrices, (n, Π_{j≤k} w_j, r_k) but the last (n, ·, w_K)."""
-    products = [matrices[0]]
-    for matrix in matrices[1:]:
-        left = products[-1].reshape(matrix.shape[0], -1, matrix.shape[1])
-        products[-1] = left
-        products.append(torch.bmm(left, matrix))
+    """Return the products to the left of the matrices 2, …, K, each (n, Π_{j<k} w_j, r_{k−1})."""
+    products: list[Tensor] = []
+    for before, matrix in pairwise(matrices):
+        state = torch.bmm(products[-1], before) if products else before
+        products.append(state.reshape(matrix.shape[0], -1, matrix.shape[1]))
     return products
 
 
 def chain_gradient(grad: Tensor, matrices: list[Tensor]) -> list[Tensor]:
     """Return the gradients of the gathered matrices for a gradient (n, Π w_k) of the rows."""
-    products = _prefixes(matrices)
     found = []
-    for matrix, left in zip(matrices[:0:-1], products[-2::-1], strict=True):
+    for matrix, left in zip(matrices[:0:-1], _prefixes(matrices)[::-1], strict=True):
         grad = grad.reshape(left.shape[0], left.shape[1], matrix.shape[2])
         found.append(torch.bmm(left.transpose(1, 2), grad))
         grad = torch.bmm(grad, matrix.transpose(1, 2))
