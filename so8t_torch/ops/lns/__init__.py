@@ -306,7 +306,7 @@ def _run(factors: arguments.Factors, mode: str, guard: float, backend: str) -> t
     if 0 in (*shape, log_a.shape[-1]):
         sign, log = _nothing(flat)
     elif chosen == "triton" or (chosen == "rescaled" and mode == "sum"):
-        sign, log, _ = autograd.matmul(*flat, mode, chosen)
+        log, sign, _ = autograd.matmul(*flat, mode, chosen)
     elif mode == "sum":
         sign, log = eager.matmul(*flat)
     else:
@@ -324,7 +324,7 @@ def _guarded(flat: arguments.Factors, log: Tensor, guard: float, backend: str) -
         if backend == "eager":
             size = eager.matmul(None, a, None, b)[1]
         else:
-            size = autograd.matmul(None, a, None, b, "sum", backend)[1]
+            size = autograd.matmul(None, a, None, b, "sum", backend)[0]
         cancelled = log < size + math.log(guard)
     return torch.where(cancelled, log.detach(), log)
 

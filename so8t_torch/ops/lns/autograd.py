@@ -33,7 +33,7 @@ def product(
 
 def _matmul(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     found = product(*arguments)
-    return found.sign, found.log, found.scaled
+    return found.log, found.sign, found.scaled
 
 
 def _gradient(
@@ -49,6 +49,10 @@ def _gradient(
         return kernels.matmul_backward(g, None, *factors, None if sign_a is None else sign_c, log_c)
     with _exact_float32():
         return gradient.matmul(g, ladder.operands(*factors), scaled, log_c)
+
+
+def _in_range(log_a: Tensor, log_b: Tensor, total: Tensor) -> Tensor:
+    return eager.in_range(log_a, log_b, total)
 
 
 def _search(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -74,13 +78,26 @@ search = torch.library.custom_op(
 )
 
 
+in_range = torch.library.custom_op(
+    "so8t::lns_in_range",
+    _in_range,
+    mutates_args=(),
+    schema="(Tensor log_a, Tensor log_b, Tensor total) -> Tensor",
+)
+
+
+@in_range.register_fake
+def _(_log_a: Tensor, _log_b: Tensor, total: Tensor) -> Tensor:
+    return total.new_empty(())
+
+
 @matmul.register_fake
 def _(
     sign_a: Tensor | None, log_a: Tensor, _sign_b: Any, log_b: Tensor, _mode: str, backend: str
 ) -> tuple[Tensor, ...]:
     log = log_a.new_empty(*log_a.shape[:-1], log_b.shape[-1])
     sign = log_a.new_empty(0 if sign_a is None else log.shape, dtype=torch.int8)
-    return sign, log, log_a.new_empty(0) if backend == "triton" else torch.empty_like(log)
+    return log, sign, log_a.new_empty(0) if backend == "triton" else torch.empty_like(log)
 
 
 @matmul_gradient.register_fake
@@ -95,11 +112,12 @@ def _(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *saved, ctx.mode, ctx.backend = inputs
-    ctx.save_for_backward(*saved, *output)
+    log, sign, scaled = output
+    ctx.save_for_backward(*saved, sign, log, scaled)
     ctx.set_materialize_grads(False)
 
 
-def _matmul_backward(ctx: Any, _sign: Any, g: Tensor | None, _scaled: Any) -> tuple[Tensor | None, ...]:
+def _matmul_backward(ctx: Any, g: Tensor | None, _sign: Any, _scaled: Any) -> tuple[Tensor | None, ...]:
     if g is None:
         return None, None, None, None, None, None
     da, db = matmul_gradient(g.contiguous(), *ctx.saved_tensors, ctx.mode, ctx.backend)
@@ -116,7 +134,7 @@ def _gradient_backward(ctx: Any, along_a: Tensor, along_b: Tensor) -> tuple[Tens
     factors, directions = (sign_a, log_a, sign_b, log_b), (along_a, along_b)
     if ctx.mode == "max":
         return eager.along_largest(factors, directions, search), *[None] * 9
-    found = eager.second_gradient(g, factors, None if sign_a is None else sign_c, log_c, directions)
+    found = eager.second_gradient(g, factors, None if sign_a is None else sign_c, log_c, directions, in_range)
     dg, da, db, dc = (x.to(g.dtype) for x in found)
     return dg, None, da, None, db, None, dc, None, None, None
 
@@ -128,7 +146,7 @@ matmul_gradient.register_autograd(_gradient_backward, setup_context=_save_gradie
 @contextmanager
 def _exact_float32() -> Iterator[None]:
     """Compute float32 GEMMs in float32, whatever autocast or the global precision flags say: the proof needs it."""
-    coarse = torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee")
+    coarse = torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee")  # type: ignore[attr-defined]
     plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None, fp32_precision=None)
     with torch.autocast("cpu", enabled=False), plain if coarse else nullcontext():
         yield

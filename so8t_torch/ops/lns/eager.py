@@ -28,6 +28,9 @@ Search = Callable[[Tensor, Tensor], Tensor]
 NEAR = math.log(2.0)
 """Below this distance of two logs 1 − exp(−d) is taken by expm1, above by log1p, each without cancellation."""
 
+RangeCheck = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``in_range`` below, or its registered form."""
+
 SEARCH_ELEMENTS = 1 << 18
 """Sums A_ik + B_kj held at once while the largest is searched: one megabyte in float32."""
 
@@ -93,7 +96,7 @@ def matmul(sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: T
     """Return sign and log of the product of (…, M, K) and (…, K, N) in float64."""
     if not bool((log_a.amax() < math.inf) & (log_b.amax() < math.inf)):
         return _without_derivative(sign_a, log_a, sign_b, log_b)
-    left, right, shift = _factors(sign_a, log_a, sign_b, log_b)
+    left, right, shift = _factors(sign_a, log_a, sign_b, log_b, in_range)
     return _logarithm(left @ right, shift)
 
 
@@ -101,7 +104,7 @@ def _without_derivative(
     sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the product of logs among which are +∞ or NaN, which has values but no derivative."""
-    if (log_a.requires_grad or log_b.requires_grad) and torch.is_grad_enabled() or _has_tangent(log_a, log_b):
+    if ((log_a.requires_grad or log_b.requires_grad) and torch.is_grad_enabled()) or _has_tangent(log_a, log_b):
         raise DomainError(
             "lns: expected finite logs or −∞ where derivatives are taken, got +∞ or NaN; mask them first."
         )
@@ -119,12 +122,13 @@ def second_gradient(
     sign_c: Tensor | None,
     log_c: Tensor,
     directions: tuple[Tensor, Tensor],
+    in_range: RangeCheck,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the derivatives of ⟨U, Ā⟩ + ⟨V, B̄⟩ with respect to g, A, B and C, in float64.
 
     Ā_ik = Σ_j g_ij w_ikj and B̄_kj = Σ_i g_ij w_ikj are what ``gradient.matmul`` returns, with w a function of A, B, C.
     """
-    left, right, shift = _factors(*factors)
+    left, right, shift = _factors(*factors, in_range)
     turned_left, turned_right = left * directions[0], right * directions[1]
     zero = log_c == -math.inf
     inverse = torch.where(zero, 0.0, torch.where(zero, 0.0, shift - log_c).exp())
@@ -178,24 +182,24 @@ def masked(sign: Tensor | None, log: Tensor) -> Tensor:
 
 
 def _factors(
-    sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor
+    sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor, check: RangeCheck
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return E, F and the shift a_i + b_j in float64; the shifts are constants of the differentiation."""
     wide_a, wide_b = masked(sign_a, log_a).double(), masked(sign_b, log_b).double()
     shift_a, shift_b = ladder.shifts(wide_a.detach(), -1), ladder.shifts(wide_b.detach(), -2)
     left, right = (wide_a - shift_a).exp(), (wide_b - shift_b).exp()
-    _refuse_out_of_range(wide_a.detach(), wide_b.detach(), left.detach() @ right.detach())
+    left = left * check(wide_a.detach(), wide_b.detach(), left.detach() @ right.detach())
     if sign_a is not None and sign_b is not None:
         left, right = left * sign_a, right * sign_b
     return left, right, shift_a + shift_b
 
 
-def _refuse_out_of_range(log_a: Tensor, log_b: Tensor, total: Tensor) -> None:
-    """Raise unless every sum of magnitudes is finite and in the range of a float64 product, or has no term."""
+def in_range(log_a: Tensor, log_b: Tensor, total: Tensor) -> Tensor:
+    """Return 1, or raise unless every sum of magnitudes is finite and in the range of float64, or has no term."""
     roundoff = torch.finfo(torch.float64).eps / 2
     lost = ~(total > log_a.shape[-1] * math.exp(-ladder.EXPONENT_RANGE[torch.float64]) / roundoff)
     if not bool(lost.any()):
-        return
+        return total.new_ones(())
     present_a, present_b = ((log != -math.inf).double() for log in (log_a, log_b))
     if bool((lost & (present_a @ present_b > 0)).any()):
         raise DomainError(
@@ -203,6 +207,7 @@ def _refuse_out_of_range(log_a: Tensor, log_b: Tensor, total: Tensor) -> None:
             "matters and the largest of its row or column, got others; use backend='rescaled' (CPU) or 'triton', which "
             "are exact for every range but have first derivatives only there, in reverse mode."
         )
+    return total.new_ones(())
 
 
 def _logarithm(total: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

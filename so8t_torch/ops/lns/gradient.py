@@ -60,13 +60,10 @@ def _add_rejected(g: Tensor, x: Operands, rejected: Entries, da: Tensor, db: Ten
         da.index_add_(0, rows, (weight @ part.right.mT).mul_(part.left).to(da.dtype))
         db.index_add_(1, columns, (part.left.mT @ weight).mul_(part.right).to(db.dtype))
         g, rejected = g[~accepted], rejected.where(~accepted)
-    by_column = torch.zeros_like(db.mT, memory_format=torch.contiguous_format)
     done = 0
     for (i, j), total, _, _, terms in ladder.streamed(x, rejected):
-        share = g[done : done + i.numel()] / total
+        share = torch.where(total == 0, 0.0, g[done : done + i.numel()] / total)
         done += i.numel()
-        terms = terms.mul_(torch.where(total == 0, 0.0, share)[:, None]).to(da.dtype)
+        terms = terms.mul_(share[:, None]).to(da.dtype)
         da.index_add_(0, i, terms)
-        by_column.index_add_(0, j, terms)
-    if done:
-        db.add_(by_column.mT)
+        db.mT.index_add_(0, j, terms)

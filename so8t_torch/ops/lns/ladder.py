@@ -62,8 +62,8 @@ class Operands(NamedTuple):
     def block(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Operands:
         """Return the chosen rows of A and columns of B in a dtype."""
         sign_a = None if self.sign_a is None else self.sign_a[rows]
-        sign_b = None if self.sign_b is None else self.sign_b[:, columns]
-        return Operands(sign_a, self.log_a[rows].to(dtype), sign_b, self.log_b[:, columns].to(dtype))
+        sign_b = None if self.sign_b is None else self.sign_b.index_select(1, columns)
+        return Operands(sign_a, self.log_a[rows].to(dtype), sign_b, self.log_b.index_select(1, columns).to(dtype))
 
     def terms(self, part: slice) -> Operands:
         """Return the operands of a range of the summation index k."""
@@ -147,8 +147,11 @@ def _lowest(dtype: torch.dtype) -> float:
     return -torch.finfo(dtype).max / 8
 
 
-def rescale(x: Operands, boost: float = 0.0) -> Rescaled:
-    """Return the factors, their real product and what an entry of it must exceed to be accepted."""
+def rescale(x: Operands, boost: float = 0.0, sharp: bool = True) -> Rescaled:
+    """Return the factors, their real product and what an entry of it must exceed to be accepted.
+
+    With signs Σ|terms| is a second product if ``sharp``, else the Cauchy–Schwarz bound of it.
+    """
     shift_a, shift_b = shifts(x.log_a, -1) - boost, shifts(x.log_b, -2) - boost
     left, right = factors(x, shift_a, shift_b)
     dtype, terms = left.dtype, left.shape[-1]
@@ -158,9 +161,14 @@ def rescale(x: Operands, boost: float = 0.0) -> Rescaled:
         total = torch.matmul(left, right)
         return Rescaled(left, right, total, shift_a, shift_b, left.new_tensor(floor), floor)
     slack = roundoff * (min(terms, PANEL) + math.ceil(terms / PANEL) + math.log(terms) + 16 + 2 * boost)
-    norm_a = torch.linalg.vector_norm(left, dim=-1, keepdim=True).mul_(slack)
-    bound = (norm_a * right.square().sum(-2, keepdim=True).sqrt_()).add_(floor)
-    return Rescaled(left, right, _by_panels(left, right), shift_a, shift_b, bound, floor)
+    total = _by_panels(left, right)
+    if sharp:
+        slack += roundoff * EXPONENT_RANGE[dtype]
+        bound = _by_panels(left.abs(), right.abs()).mul_(slack).add_(floor)
+    else:
+        norm_a = torch.linalg.vector_norm(left, dim=-1, keepdim=True).mul_(slack)
+        bound = (norm_a * right.square().sum(-2, keepdim=True).sqrt_()).add_(floor)
+    return Rescaled(left, right, total, shift_a, shift_b, bound, floor)
 
 
 def _by_panels(left: Tensor, right: Tensor) -> Tensor:
@@ -186,7 +194,7 @@ def factors(x: Operands, shift_a: Tensor, shift_b: Tensor) -> tuple[Tensor, Tens
 
 def matmul(x: Operands) -> Product:
     """Return log|Σ_k s s exp(A_ik + B_kj)| and its sign for operands (batch, M, K) and (batch, K, N)."""
-    total, shift_a, shift_b, bound, floor = rescale(x)[2:]
+    total, shift_a, shift_b, bound, floor = rescale(x, sharp=False)[2:]
     rung = torch.zeros((), dtype=torch.int8, device=total.device).expand(total.shape)
     undecided = torch.zeros((), dtype=torch.bool, device=total.device).expand(total.shape)
     magnitude = total.abs() if x.signed else total
@@ -259,8 +267,10 @@ def _climb(item: _Item, rejected: Entries) -> None:
     """Recompute the rejected outputs of one item, each on the first rung that accepts it."""
     rejected = _without_poisoned(item, rejected)
     faint, cancelling = rejected.where(rejected.faint), rejected.where(~rejected.faint)
+    if cancelling.worth_a_product(item.x):
+        cancelling = _still_cancelling(item, cancelling)
     for rung in (0, 1, 2):
-        if faint.worth_a_product(item.x):
+        if faint.i.numel() and faint.worth_a_product(item.x):
             faint = _try_rung(item, faint, rung) if rung else _without_zeros(item, faint)
     rejected = Entries(*(torch.cat(pair) for pair in zip(faint, cancelling, strict=True)))
     if item.x.log_a.dtype == torch.float32 and rejected.worth_a_product(item.x):
@@ -289,12 +299,19 @@ def _try_rung(item: _Item, entries: Entries, rung: int) -> Entries:
     return entries.where(~accepted)
 
 
+def _still_cancelling(item: _Item, entries: Entries) -> Entries:
+    """Return those of the entries that the sum of magnitudes itself, in place of its bound, does not accept either."""
+    rows, columns, row, column = entries.frame(item.x)
+    bound = rescale(item.x.block(rows, columns, item.x.log_a.dtype)).bound[row, column]
+    return entries.where(~(item.scaled[entries.i, entries.j].abs() > bound))
+
+
 def _without_poisoned(item: _Item, rejected: Entries) -> Entries:
     """Write NaN wherever a term is one, beside another factor whose sign is not zero, and return the rest."""
     sign_a, log_a, sign_b, log_b = item.x
-    nan_a, nan_b = (log.isnan().to(log.dtype) for log in (log_a, log_b))
-    if not bool(nan_a.amax() + nan_b.amax() > 0):
+    if not bool(log_a.amax().isnan() | log_b.amax().isnan()):
         return rejected
+    nan_a, nan_b = (log.isnan().to(log.dtype) for log in (log_a, log_b))
     count_a = torch.ones_like(log_a) if sign_a is None else (sign_a != 0).to(log_a.dtype)
     count_b = torch.ones_like(log_b) if sign_b is None else (sign_b != 0).to(log_b.dtype)
     poisoned = (nan_a @ count_b + count_a @ nan_b)[rejected.i, rejected.j] > 0
@@ -323,9 +340,10 @@ def _blocked(x: Operands, boost: float) -> tuple[Tensor, Tensor, Tensor]:
         part = rescale(x.terms(slice(start, start + BLOCK)), boost)
         own = part.shift
         peak = torch.maximum(shift, own)
-        kept, new = (shift - peak).exp_(), (own - peak).exp_()
-        total.mul_(kept).add_(part.total * new)
-        bound.mul_(kept).add_(part.bound * new)
+        # a boosted sum times exp(own − peak) has a place where exp(own − peak) has none: its root is applied twice
+        kept, new = ((each - peak).mul_(0.5).exp_() for each in (shift, own))
+        total = total * kept * kept + part.total * new * new
+        bound = bound * kept * kept + part.bound * new * new
         shift = peak
     return total, shift, bound
 
@@ -342,8 +360,8 @@ def streamed(x: Operands, chosen: Entries) -> Iterator[tuple[tuple[Tensor, Tenso
         return
     for where in zip(*(index.split(max(1, STREAM_ELEMENTS // terms)) for index in chosen[:2]), strict=True):
         i, j = where
-        exponent = x.log_a[i].double().add_(x.log_b[:, j].mT)
-        sign = None if x.sign_a is None or x.sign_b is None else x.sign_a[i] * x.sign_b[:, j].mT
+        exponent = x.log_a[i].double().add_(_columns(x.log_b, j))
+        sign = None if x.sign_a is None or x.sign_b is None else x.sign_a[i].mul_(_columns(x.sign_b, j))
         peak = exponent.amax(-1, keepdim=True)
         if bool(peak.isfinite().all()):
             weight = exponent.sub_(peak).exp_()
@@ -353,8 +371,13 @@ def streamed(x: Operands, chosen: Entries) -> Iterator[tuple[tuple[Tensor, Tenso
         if sign is not None:
             weight.mul_(sign)
         total = weight.sum(-1) if x.signed else magnitude
-        total = total.masked_fill((peak.squeeze(-1) == math.inf) & (total == 0), math.nan)
+        total = total.masked_fill((peak.squeeze(-1) == math.inf) & (total.abs() != magnitude), math.nan)
         yield where, total, peak.squeeze(-1), magnitude, weight
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """Return the chosen columns as contiguous rows."""
+    return x.index_select(1, index).mT.contiguous()
 
 
 def _weights_at_infinity(exponent: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor]:
