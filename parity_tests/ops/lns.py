@@ -25,6 +25,8 @@ FAR: dict[str, Strategy] = {"wide": draws.wide, "shifted": draws.shifted}
 """Logs of a hundred and more: a rounded log of size h is a number wrong by hu."""
 LOPSIDED: dict[str, Strategy] = {"lopsided": draws.lopsided}
 """Results of size one, three hundred below the largest factors of their row and column."""
+LARGEST: dict[str, Strategy] = {"wide": draws.wide, "zeros": draws.zeros}
+"""Where only the largest term counts, its size does not matter."""
 WIDE_DTYPES = ("float64", "float32")
 """In half precision distant logs are so coarse that terms of opposite sign become equal, and nothing is left."""
 
@@ -245,6 +247,7 @@ PAIRS: tuple[OpPair, ...] = (
         ":guarded",
         {"moderate": draws.moderate},
         SIGNED,
+        edge_sizes=(),
         keywords={"cancellation_guard": 0.5},
         twice=False,
         finite_differences=False,
@@ -257,13 +260,13 @@ PAIRS: tuple[OpPair, ...] = (
         edge_sizes=(),
         backends=(),
     ),
-    matmul_pair(":max", {**MODERATE, **FAR}, EXACT, keywords={"mode": "max"}, oracle=draws.largest_by_loops),
+    matmul_pair(":max", LARGEST, EXACT, keywords={"mode": "max"}, oracle=draws.largest_by_loops),
     logs_pair("", MODERATE, UNSIGNED, laws=UNSIGNED_LAWS, rejections=LOGMATMULEXP_REJECTIONS),
     logs_pair(":far", FAR, FAR_UNSIGNED),
     logs_pair(":deep", LOPSIDED, DEEP),
     logs_pair(
         ":max",
-        {**MODERATE, **FAR},
+        LARGEST,
         EXACT,
         keywords={"mode": "max"},
         oracle=draws.without_signs(draws.largest_by_loops),
