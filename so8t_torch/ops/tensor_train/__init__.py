@@ -281,7 +281,7 @@ def _check_cores(op: str, cores: tuple[Tensor, ...]) -> None:
     """Raise unless the cores are (v_k, r_{k−1}, r_k, w_k), chain from rank 1 to rank 1, and agree in kind."""
     shapes = [tuple(core.shape) for core in cores]
     if not cores or any(len(shape) != 4 or 0 in shape for shape in shapes):
-        raise ShapeError(f"{op}: expected cores of shape (v_k, r_{{k−1}}, r_k, w_k) and positive sizes, got shapes {shapes}.")
+        raise ShapeError(f"{op}: expected cores of shape (v_k, r_{{k−1}}, r_k, w_k), all sizes positive, got {shapes}.")
     ranks = [1, *(r for shape in shapes for r in shape[1:3]), 1]
     if any(left != right for left, right in zip(ranks[::2], ranks[1::2], strict=True)):
         raise ShapeError(

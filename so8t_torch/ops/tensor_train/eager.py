@@ -125,8 +125,8 @@ def rows_tiled(ids: Tensor, cores: list[Tensor], d_model: int, padding: int | No
     first[1:] = found.segment[1:] != found.segment[:-1]
     positions, again, source = (_array(x) for x in (found.order[first], found.order[~first], found.segment[~first]))
     starts, target = found.starts.tolist(), _array(out)
-    for begin, end, parts in _tiles(found, cores):
-        tile = chain([m.index_select(0, part) for m, part in zip(matrices, parts, strict=True)])
+    for begin, end, chosen in _tiles(found, cores):
+        tile = _rows_of(chosen, matrices)
         values = _array(tile[:, :d_model].to(out.dtype))
         target[positions[begin:end]] = values
         for at in range(starts[begin] - begin, starts[end] - end, end - begin):
@@ -142,12 +142,9 @@ def rows_gradient_tiled(grad: Tensor, ids: Tensor, cores: list[Tensor], padding:
     sums = [torch.zeros_like(m) for m in matrices]
     cropped = math.prod([core.shape[3] for core in cores]) - grad.shape[1]
     starts = found.starts.tolist()
-    for begin, end, parts in _tiles(found, cores):
+    for begin, end, chosen in _tiles(found, cores):
         total = segment_sums(grad, found, begin, end, starts)
-        chosen = [m.index_select(0, part) for m, part in zip(matrices, parts, strict=True)]
-        pulled = chain_gradient(pad(total, (0, cropped)) if cropped else total, chosen)
-        for acc, part, share in zip(sums, parts, pulled, strict=True):
-            acc.flatten(1).index_add_(0, part, share.flatten(1))
+        _add_gradient(pad(total, (0, cropped)) if cropped else total, chosen, matrices, sums)
     return [core_shaped(acc, core) for acc, core in zip(sums, cores, strict=True)]
 
 
@@ -177,13 +174,53 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
 
 
-def _tiles(found: Segments, cores: list[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
-    """Yield begin, end and the digits of ids that are taken together."""
+def _tiles(found: Segments, cores: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield begin and end of the ids that are taken together, and those ids."""
     width = math.prod([core.shape[3] for core in cores])
     step = max(1, TILE_ELEMENTS // max(width, *(core[0].numel() for core in cores), 1))
-    parts = zip(*(part.split(step) for part in digits(found.unique, cores)), strict=True)
-    for begin, chosen in zip(range(0, found.unique.numel(), step), parts, strict=False):
-        yield begin, begin + chosen[0].numel(), list(chosen)
+    for begin in range(0, found.unique.numel(), step):
+        chosen = found.unique[begin : begin + step]
+        yield begin, begin + chosen.numel(), chosen
+
+
+def _gather(ids: Tensor, matrices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the digits of ids and the matrices at them."""
+    parts = digits(ids, matrices)
+    return parts, [m.index_select(0, part) for m, part in zip(matrices, parts, strict=True)]
+
+
+def _stems(ids: Tensor, matrices: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the different leading digits of ascending ids, where each id has its own, its left factor, its last digit.
+
+    From three matrices on it pays to take the product of all but the last once for ids that share it.
+    """
+    *leading, last = matrices
+    stems, place = torch.unique_consecutive(ids // last.shape[0], return_inverse=True)
+    left = _rows_of(stems, leading).index_select(0, place)
+    return stems, place, left.view(ids.numel(), -1, last.shape[1]), ids % last.shape[0]
+
+
+def _rows_of(ids: Tensor, matrices: list[Tensor]) -> Tensor:
+    """Return the rows (n, Π w_k) of ascending ids."""
+    if len(matrices) < 3:
+        return chain(_gather(ids, matrices)[1])
+    _, _, left, digit = _stems(ids, matrices)
+    return torch.bmm(left, matrices[-1].index_select(0, digit)).flatten(1)
+
+
+def _add_gradient(grad: Tensor, ids: Tensor, matrices: list[Tensor], sums: list[Tensor]) -> None:
+    """Add the gradients of the matrices for a gradient (n, Π w_k) of the rows of ascending ids."""
+    if len(matrices) < 3:
+        parts, chosen = _gather(ids, matrices)
+        for acc, part, share in zip(sums, parts, chain_gradient(grad, chosen), strict=True):
+            acc.flatten(1).index_add_(0, part, share.flatten(1))
+        return
+    stems, place, left, digit = _stems(ids, matrices)
+    grad = grad.view(left.shape[0], left.shape[1], -1)
+    sums[-1].index_add_(0, digit, torch.bmm(left.transpose(1, 2), grad))
+    back = torch.bmm(grad, matrices[-1].index_select(0, digit).transpose(1, 2)).flatten(1)
+    total = back.new_zeros((stems.numel(), back.shape[1])).index_add_(0, place, back)
+    _add_gradient(total, stems, matrices[:-1], sums[:-1])
 
 
 def chain(matrices: list[Tensor]) -> Tensor:
