@@ -151,7 +151,9 @@ def compress_checkpoint(
 def load_compressed(directory: str | Path, **arguments: Any) -> Any:
     """Load the model of a compressed checkpoint, with its embedding and a tied head as tensor trains.
 
-    For a moment the table that the architecture expects exists beside the rest of the model.
+    For a moment the table that the architecture expects exists beside the rest of the model. Save the model with
+    ``save_compressed``: what its own ``save_pretrained`` writes has every tensor, but ``from_pretrained`` does not know
+    the layer.
 
     Args:
         directory: written by ``compress_checkpoint`` or ``save_compressed``.
@@ -178,8 +180,9 @@ def load_compressed(directory: str | Path, **arguments: Any) -> Any:
     if record["tied"]:
         head = _name_of(model, model.get_output_embeddings())
         model.set_submodule(head, TensorTrainHead(layer))
-        # what is tied now are modules; transformers must not look for the two weights again
-        model.all_tied_weights_keys = {}
+        # the two modules are one; told so, transformers neither looks for the old weights nor stores the train twice
+        model._tied_weights_keys = {f"{head}.embedding.{n}": f"{record['module']}.{n}" for n in layer.state_dict()}
+        model.all_tied_weights_keys = dict(model._tied_weights_keys)
         model.config.tie_word_embeddings = False
     model.set_submodule(record["module"], layer)
     return model.eval()

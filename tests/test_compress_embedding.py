@@ -182,6 +182,18 @@ def test_a_loaded_model_trains_and_is_saved_again(checkpoint, tmp_path, tied):
     assert isinstance(again.get_output_embeddings(), TensorTrainHead) == tied
 
 
+def test_transformers_own_saving_keeps_every_tensor_once(checkpoint, tmp_path):
+    compress_checkpoint(checkpoint("llama", True), tmp_path / "out", rank=RANK)
+    model = load_compressed(tmp_path / "out")
+    before = logits(model)
+    model.save_pretrained(tmp_path / "plain")
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    state = load_file(tmp_path / "plain/model.safetensors")
+    assert {"model.embed_tokens.core1", "model.embed_tokens.id_permutation"} <= set(state)
+    assert not [key for key in state if key.startswith("lm_head")]
+
+
 def test_half_precision_weights_stay_half(checkpoint, tmp_path):
     source = checkpoint("llama", True)
     state = {key: tensor.bfloat16() for key, tensor in load_file(source / "model.safetensors").items()}
