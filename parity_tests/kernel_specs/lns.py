@@ -44,7 +44,7 @@ def _spec(
     return KernelSpec(
         room="lns",
         kernel=kernel,
-        tiles=LADDER if element == "fp64" and len(tiles) > 1 else tiles,
+        tiles=tiles,
         signature=signature,
         constants=constants,
         elements=(element,),
@@ -60,7 +60,8 @@ def _unsigned(spec: KernelSpec) -> KernelSpec:
 
 def _products(element: str, scale: dict[str, float]) -> Iterator[KernelSpec]:
     rung = {**FACTORS, **RESULT, "rung_ptr": "*i8", **SIZES}
-    yield _spec(kernels.forward_kernel, kernels.FORWARD_TILES, element, {**rung, **SHIFTS}, scale, 4, 4)
+    tiles = LADDER if element == "fp64" else kernels.FORWARD_TILES
+    yield _spec(kernels.forward_kernel, tiles, element, {**rung, **SHIFTS}, scale, 4, 4)
     yield _spec(kernels.blocked_kernel, LADDER, element, {**rung, "few": "i32"}, scale)
     streamed = {"UNIT": scale["UNIT"]}
     yield _spec(kernels.streamed_kernel, kernels.STREAMED_TILES, element, {**rung, "few": "i32"}, streamed, 0)

@@ -53,7 +53,7 @@ LADDER_TILE = _tile(32, 32, 32, 1, 4)
 STREAMED_TILES = (Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_N": 32}),)
 ENTRY_TILES = (Tile(warps=4, constants={"BLOCK_N": 128, "BLOCK_K": 256}),)
 LARGEST_TILES = tuple(Tile(warps=w, constants={"BLOCK_M": m, "BLOCK_N": 64}) for m, w in ((32, 4), (64, 8)))
-SHIFT_TILES = (Tile(warps=4, constants={"ROWS": 32, "BLOCK_K": 64}),)
+SHIFT_TILES = (Tile(warps=4, constants={"ROWS": 32, "BLOCK_K": 32}),)
 GRADIENT_TILES = (_tile(64, 32, 64, 2, 8), _tile(32, 32, 64, 1, 8))
 """One BLOCK_K, so that the shifts agree between both launches and roundings between tiles, as in FORWARD_TILES."""
 SCATTER_TILES = (Tile(warps=4, constants={"BLOCK_M": 32, "BLOCK_K": 64}),)
