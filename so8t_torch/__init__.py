@@ -15,6 +15,13 @@ _EXPORTS = {
     "load_adapter": "so8t_torch.adapter",
     "so8t_param_groups": "so8t_torch.adapter",
     "bake": "so8t_torch.adapter",
+    "HolographicTTEmbedding": "so8t_torch.nn.tensor_train_embedding",
+    "TensorTrainHead": "so8t_torch.nn.tensor_train_head",
+    "LNSLinear": "so8t_torch.nn.lns_linear",
+    "convert_linear_to_lns": "so8t_torch.nn.lns_linear",
+    "lns_matmul": "so8t_torch.nn.lns_linear",
+    "tt_contraction_memory_efficient": "so8t_torch.nn.tensor_train_embedding",
+    "load_compressed": "so8t_torch.models.compression",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -135,10 +135,10 @@ def compress_embedding(
 ) -> None:
     """Replace a checkpoint's embedding by a tensor train; refuse, with the rank needed, when the error is too large.
 
-    The result is read by so8t_torch.compress.load_compressed. With --dry-run the exit status is 1 when the error is
+    The result is read by so8t_torch.models.compression.load_compressed. With --dry-run the exit status is 1 when the error is
     above the gate.
     """
-    from so8t_torch.compress import compress_checkpoint
+    from so8t_torch.models.compression import compress_checkpoint
 
     report = compress_checkpoint(
         checkpoint,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 from typer.testing import CliRunner
 
 from so8t_torch import cli
-from so8t_torch.compress import CheckpointReport, compress_checkpoint, load_compressed, save_compressed
+from so8t_torch.models.compression import CheckpointReport, compress_checkpoint, load_compressed, save_compressed
 from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.nn.tensor_train_compression import compress_embedding, permutation_of, rank_for_error

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from so8t_torch.checkpoint_folder import (
+from so8t_torch.models.checkpoint_folder import (
     Checkpoint,
     free_folder,
     in_one_step,
