@@ -25,7 +25,8 @@ LEAST_SCALE = 2.0**-40
 
 def matmul(g: Tensor, x: Operands, scaled: Tensor, log_c: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of A (batch, M, K) and B (batch, K, N) for g = ∂/∂C (batch, M, N)."""
-    scale = _scale(float(g.abs().amax()))
+    lowest, highest = torch.aminmax(g)
+    scale = _scale(float(torch.maximum(-lowest, highest)))
     weight = torch.div(g, scaled) if scale == 1.0 else torch.mul(g, scale).div_(scaled)
     left, right = ladder.factors(x, ladder.shifts(x.log_a, -1), ladder.shifts(x.log_b, -2))
     da = torch.matmul(weight, right.mT).mul_(left)
