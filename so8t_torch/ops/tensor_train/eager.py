@@ -233,7 +233,9 @@ def _prefixes(matrices: list[Tensor]) -> list[Tensor]:
     products: list[Tensor] = []
     for before, matrix in pairwise(matrices):
         state = torch.bmm(products[-1], before) if products else before
-        products.append(state.reshape(matrix.shape[0], -1, matrix.shape[1]))
+        # The size is written out: −1 means nothing where there are no rows.
+        width = state.shape[1] * state.shape[2] // matrix.shape[1]
+        products.append(state.reshape(state.shape[0], width, matrix.shape[1]))
     return products
 
 
