@@ -74,7 +74,7 @@ def _cross_entropy(
         from so8t_torch.ops.tensor_train import head_kernels
 
         aims = torch.where(targets == ignore, -1, targets)
-        loss, normaliser = head_kernels.head_forward(hidden, aims, *cores, vocab_size)
+        loss, normaliser = head_kernels.head_forward(hidden, aims, cores[0], cores[1], vocab_size)
         return loss, normaliser.double()
     return head.cross_entropy_tiled(hidden, targets, cores, vocab_size, ignore)
 
@@ -93,7 +93,7 @@ def _cross_entropy_gradient(
         from so8t_torch.ops.tensor_train import head_kernels
 
         aims = torch.where(targets == ignore, -1, targets)
-        found = head_kernels.head_backward(grad, hidden, aims, normaliser.float(), *cores, vocab_size)
+        found = head_kernels.head_backward(grad, hidden, aims, normaliser.float(), cores[0], cores[1], vocab_size)
         return [share.to(x.dtype) for share, x in zip(found, (hidden, *cores), strict=True)]
     return head.cross_entropy_gradient_tiled(grad, hidden, targets, normaliser, cores, vocab_size, ignore)
 
