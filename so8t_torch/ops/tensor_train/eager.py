@@ -77,7 +77,7 @@ def table(cores: list[Tensor], vocab_size: int, d_model: int) -> Tensor:
 
 def rows_gradient(grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int | None) -> tuple[Tensor, ...]:
     """Return the gradients of the cores for a gradient (T, D) of the rows, by differentiable operations."""
-    _, pull = torch.func.vjp(lambda *c: rows(ids, list(c), grad.shape[1], padding), *cores)
+    pull = torch.func.vjp(lambda *c: rows(ids, list(c), grad.shape[1], padding), *cores)[1]
     return pull(grad)
 
 
@@ -85,7 +85,7 @@ def rows_second(
     directions: list[Tensor], grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int | None
 ) -> tuple[Tensor, ...]:
     """Return the derivatives of Σ ⟨direction, gradient of a core⟩ with respect to the rows' gradient and the cores."""
-    _, pull = torch.func.vjp(lambda g, *c: rows_gradient(g, ids, list(c), padding), grad, *cores)
+    pull = torch.func.vjp(lambda g, *c: rows_gradient(g, ids, list(c), padding), grad, *cores)[1]
     return pull(tuple(directions))
 
 
