@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from parity_tests.kernel_specs.spec import KernelSpec
@@ -10,6 +11,7 @@ from so8t_torch.ops.tensor_train import head_kernels, kernels
 
 ELEMENTS = ("bf16", "fp32")
 """float16 is compiled as bfloat16 is; both are run in the interpreter."""
+BY_SIZE = ((2, ("bf16",)), (4, ("fp32",)))
 PLAIN = {"INTERPRETED": False}
 ORDERED = {"CHUNK": kernels.CHUNK, "SEGMENTS": 256}
 
@@ -64,7 +66,7 @@ def gradient_specs() -> tuple[KernelSpec, ...]:
         "c1_ptr": "*", "c3_ptr": "*", "v1": "i32", "v3": "i32", "r1": "i32:16", "r2": "i32:16", "d1": "i32",
         "d2": "i32:16", "d3": "i32:16",
     }  # fmt: skip
-    cases: tuple[tuple[Any, tuple[Tile, ...], dict[str, Any]], ...] = (
+    cases: tuple[tuple[Any, Mapping[int, tuple[Tile, ...]], dict[str, Any]], ...] = (
         *((kernels.pair_gradient_kernel, kernels.PAIR_GRADIENT_TILES, {**plan, **pair, **side}) for side in sides),
         *((kernels.end_gradient_kernel, kernels.END_GRADIENT_TILES, {**plan, **end, **side}) for side in ends),
         (kernels.middle_gradient_kernel, kernels.MIDDLE_GRADIENT_TILES, {**plan, **middle}),
@@ -73,17 +75,18 @@ def gradient_specs() -> tuple[KernelSpec, ...]:
         KernelSpec(
             room="tensor_train",
             kernel=kernel,
-            tiles=tiles[:1] if atomic else tiles,
+            tiles=tiles[size][:1] if atomic else tiles[size],
             signature={name: kind for name, kind in arguments.items() if isinstance(kind, str)},
             constants={
                 **PLAIN, **ORDERED, "ATOMIC": atomic,
                 **{name: kind for name, kind in arguments.items() if not isinstance(kind, str)},
             },
-            elements=ELEMENTS,
+            elements=elements,
             wide_stores=0,
         )
         for kernel, tiles, arguments in cases
         for atomic in (False, True)
+        for size, elements in BY_SIZE
     )  # fmt: skip
     total = KernelSpec(
         room="tensor_train",
@@ -127,5 +130,5 @@ def head_specs() -> tuple[KernelSpec, ...]:
             wide_stores=wide_stores,
         )
         for kernel, tiles, signature, units, wide_stores in cases
-        for size, elements in ((2, ("bf16",)), (4, ("fp32",)))
+        for size, elements in BY_SIZE
     )

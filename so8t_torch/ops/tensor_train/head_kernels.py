@@ -4,8 +4,8 @@
     dH_t = g_t Σ_ρ C₁ρᵀ P_t C₂ρ,   dC₁ρ = Σ_t g_t P_t C₂ρ H_tᵀ,   dC₂ρ = Σ_t g_t P_tᵀ C₁ρ H_t
 
 H_t: hidden state of a token as d₁ × d₂, zero beyond d_model; C₁ρ (v₁, d₁), C₂ρ (v₂, d₂): slices of the cores; L_t, P_t:
-v₁ × v₂, ids beyond vocab_size excluded; g: gradient of the loss per token. A token of negative target has loss 0 and no
-gradient, whatever its hidden state.
+v₁ × v₂, ids beyond vocab_size excluded; g: gradient of the loss per token. A token of target −1 has loss 0 and no
+gradient, whatever its hidden state; one whose target is no id has loss and gradients NaN.
 
 Forward: one program per token and block of i₂ walks the slabs of i₁; H C₂ρᵀ (a d₁ × block of i₂) stays on chip and the
 logits live as one tile. The program's log-sum-exp is merged with those of the other blocks in order. Backward: P is
@@ -42,12 +42,8 @@ def _tile(warps: int, stages: int = 1, **sizes: int) -> Tile:
 
 
 LOGIT_TILES = {
-    2: (
-        _tile(4, 2, V1=64, V2=64, A=16, B=64),
-        _tile(8, 2, V1=256, V2=64, A=16, B=64),
-        _tile(8, 2, V1=128, V2=64, A=64, B=64),
-    ),
-    4: (_tile(4, 1, V1=64, V2=32, A=16, B=32), _tile(8, 1, V1=64, V2=32, A=16, B=32)),
+    2: (_tile(4, 2, V1=64, V2=64, A=16, B=64), _tile(8, 2, V1=128, V2=64, A=64, B=64)),
+    4: (_tile(8, 1, V1=64, V2=64, A=16, B=32),),
 }
 """Bytes per element → tiles of the logits and of P: V1 × V2 of them, A × B features at a time.
 
@@ -55,11 +51,11 @@ The partial sums of the loss lie one per V2, so that V2 is the same in each.
 """
 HIDDEN_TILES = {
     2: (_tile(4, 2, V1=64, V2=64, A=16, B=64), _tile(4, 2, V1=64, V2=64, A=64, B=64)),
-    4: (_tile(4, 1, V1=32, V2=32, A=16, B=64), _tile(8, 1, V1=32, V2=64, A=32, B=64)),
+    4: (_tile(4, 1, V1=32, V2=32, A=16, B=64),),
 }
 CORE_TILES = {
-    2: (_tile(4, 1, OWN=64, OTHER=64, D_OWN=64, D_OTHER=64), _tile(4, 1, OWN=64, OTHER=32, D_OWN=64, D_OTHER=32)),
-    4: (_tile(4, 1, OWN=32, OTHER=32, D_OWN=32, D_OTHER=32),),
+    2: (_tile(4, 1, OWN=64, OTHER=64, D_OWN=64, D_OTHER=64),),
+    4: (_tile(8, 1, OWN=32, OTHER=64, D_OWN=64, D_OTHER=32),),
 }
 
 
@@ -102,11 +98,11 @@ def loss_kernel(
     t = tl.program_id(0).to(tl.int64)
     at = t * tl.num_programs(1) + tl.program_id(1)
     target = tl.load(targets_ptr + t)
-    if target >= 0:
+    if target != -1:
         j = tl.program_id(1) * V2 + tl.arange(0, V2)
         most = tl.full([], float("-inf"), tl.float32)
         total = tl.zeros([], tl.float32)
-        hit = tl.zeros([], tl.float32)
+        hit = tl.where((target >= 0) & (target < vocab_size), 0.0, float("nan"))
         for i0 in range(0, v1, V1):
             i = i0 + tl.arange(0, V1)
             L = _logits(
@@ -140,10 +136,10 @@ def residual_kernel(
     name = i[:, None] * v2 + j[None, :]
     inside = (i < v1)[:, None] & (j < v2)[None, :]
     P = tl.zeros([V1, V2], tl.float32)
-    if target >= 0:
+    if target != -1:
         L = _logits(h_ptr + t * d_model, c1_ptr, c2_ptr, i, j, v1, v2, rank, d1, d2, d_model, V1, V2, A, B, INTERPRETED)
         P = tl.exp(L - tl.load(lse_ptr + t)) - (name == target).to(tl.float32)
-        P = tl.where(name < vocab_size, P, 0.0)
+        P = tl.where((target >= 0) & (target < vocab_size), tl.where(name < vocab_size, P, 0.0), float("nan"))
     tl.store(p_ptr + t * v1 * v2 + name, rounded(P, p_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 
@@ -158,7 +154,7 @@ def hidden_kernel(
     a = tl.program_id(1) * A + tl.arange(0, A)
     b = tl.program_id(2) * B + tl.arange(0, B)
     dh = tl.zeros([A, B], tl.float32)
-    if tl.load(targets_ptr + t) >= 0:
+    if tl.load(targets_ptr + t) != -1:
         for j0 in range(0, v2, V2):
             j = j0 + tl.arange(0, V2)
             for r in range(rank):
@@ -193,14 +189,12 @@ def core_kernel(
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
     r = tl.program_id(1) % rank
     o = (tl.program_id(1) // rank) * D_OWN + tl.arange(0, D_OWN)
-    at = out_ptr + tl.program_id(2).to(tl.int64) * size + (i[:, None] * rank + r) * d_own + o[None, :]
-    inside = (i < v_own)[:, None] & (o < d_own)[None, :]
     first = tl.program_id(2) * share
-    total = tl.load(at, mask=inside & (earlier > 0), other=0.0)
+    total = tl.zeros([OWN, D_OWN], tl.float32)
     for j0 in range(0, v_other, OTHER):
         j = j0 + tl.arange(0, OTHER)
         for t in range(first, tl.minimum(first + share, count)):
-            if tl.load(targets_ptr + t) >= 0:
+            if tl.load(targets_ptr + t) != -1:
                 y = tl.zeros([OTHER, D_OWN], tl.float32)
                 for w0 in range(0, d_other, D_OTHER):
                     w = w0 + tl.arange(0, D_OTHER)
@@ -218,17 +212,20 @@ def core_kernel(
                 P = fetch(p_ptr + t * v_own * v_other + names, known, INTERPRETED)
                 none = tl.zeros([OWN, D_OWN], tl.float32)
                 total += tl.load(g_ptr + t) * product(P, _narrowed(y, dtype, INTERPRETED), none, dtype)
+    at = out_ptr + tl.program_id(2).to(tl.int64) * size + (i[:, None] * rank + r) * d_own + o[None, :]
+    inside = (i < v_own)[:, None] & (o < d_own)[None, :]
+    total += tl.load(at, mask=inside & (earlier > 0), other=0.0)
     tl.store(at, total, mask=inside)
 
 
 def head_forward(
     hidden: Tensor, targets: Tensor, core1: Tensor, core2: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return loss and log-sum-exp, both (T,) in float32 and 0 where the target is negative.
+    """Return loss and log-sum-exp, both (T,) in float32, 0 where the target is −1.
 
     Args:
         hidden: (T, d_model) in the dtype of the cores: float32, bfloat16 or float16.
-        targets: (T,) integers, negative where there is nothing to predict.
+        targets: (T,) integers, −1 where there is nothing to predict; others outside [0, vocab_size) give NaN.
         core1: (v₁, 1, r, d₁).
         core2: (v₂, r, 1, d₂).
         vocab_size: ids counted, at most v₁ v₂.
@@ -253,7 +250,7 @@ def head_forward(
     )  # fmt: skip
     lse = torch.logsumexp(lse.view(count, blocks), 1)
     loss = lse - hit.view(count, blocks).sum(1)
-    return torch.where(targets < 0, 0.0, loss), torch.where(targets < 0, 0.0, lse)
+    return torch.where(targets == -1, 0.0, loss), torch.where(targets == -1, 0.0, lse)
 
 
 def head_backward(

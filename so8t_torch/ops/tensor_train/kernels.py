@@ -44,20 +44,21 @@ PAIR_ROWS_TILES = (
     _tile(4, TOKENS=4, A=16, B=64, R=16),
     _tile(4, TOKENS=2, A=64, B=64, R=16),
     _tile(4, TOKENS=4, A=32, B=32, R=32),
-    _tile(2, TOKENS=8, A=16, B=32, R=16),
 )
 TRIPLE_ROWS_TILES = (
     _tile(4, TOKENS=2, A=4, B=16, C=16, R=16),
     _tile(4, TOKENS=1, A=16, B=16, C=16, R=16),
-    _tile(4, TOKENS=4, A=4, B=8, C=32, R=16),
 )
-PAIR_GRADIENT_TILES = (
-    _tile(4, OWN=16, OTHER=64, R=16),
-    _tile(4, OWN=64, OTHER=16, R=16),
-    _tile(4, OWN=32, OTHER=32, R=32),
-)
-END_GRADIENT_TILES = (_tile(4, OWN=16, MIDDLE=8, FAR=16, R=16, Q=16),)
-MIDDLE_GRADIENT_TILES = (_tile(8, A=16, B=16, C=16, R=16, Q=16),)
+PAIR_GRADIENT_TILES = {
+    2: (_tile(4, OWN=16, OTHER=64, R=16), _tile(4, OWN=64, OTHER=16, R=16)),
+    4: (_tile(8, OWN=32, OTHER=64, R=16), _tile(4, OWN=64, OTHER=32, R=16)),
+}
+"""Bytes per element → tiles. The atomic mode takes the first, since timing tiles would add several times."""
+END_GRADIENT_TILES = {
+    2: (_tile(4, OWN=16, MIDDLE=8, FAR=16, R=16, Q=16),),
+    4: (_tile(4, OWN=16, MIDDLE=16, FAR=16, R=16, Q=16),),
+}
+MIDDLE_GRADIENT_TILES = {size: (_tile(8, A=16, B=16, C=16, R=16, Q=16),) for size in (2, 4)}
 REDUCE_TILES = (_tile(4, ROWS=4, BLOCK=512),)
 """One entry: another number of rows would add in another order."""
 PARTNERS = {2: ((1,), (0,)), 3: ((1, 2), (0, 2), (1, 0))}
@@ -95,10 +96,10 @@ def product(x, y, total, dtype: tl.constexpr):
 
 @triton.jit
 def pair_rows_kernel(
-    i1_ptr, i2_ptr, c1_ptr, c2_ptr, y_ptr, count, rank, d1, d2, d_model,
+    i1_ptr, i2_ptr, c1_ptr, c2_ptr, y_ptr, count, v1, rank, d1, d2, d_model,
     TOKENS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[t, a, b] for TOKENS tokens and A × B features; a token of negative i₁ is a row of zeros."""
+    """y[t, a, b] for TOKENS tokens and A × B features; i₁ = −1 is a row of zeros, others outside [0, v₁) are NaN."""
     dtype: tl.constexpr = c1_ptr.dtype.element_ty
     a = tl.program_id(1) * A + tl.arange(0, A)[:, None]
     b = tl.program_id(2) * B + tl.arange(0, B)[None, :]
@@ -109,20 +110,22 @@ def pair_rows_kernel(
         in_range = t < count
         i1 = tl.load(i1_ptr + t, mask=in_range, other=-1).to(tl.int64)
         i2 = tl.load(i2_ptr + t, mask=in_range, other=0).to(tl.int64)
+        known = (i1 >= 0) & (i1 < v1)
         y = tl.zeros([A, B], tl.float32)
         for first in range(0, rank, R):
             r = first + tl.arange(0, R)
             at1 = c1_ptr + (i1 * rank + r[None, :]) * d1 + a
             at2 = c2_ptr + (i2 * rank + r[:, None]) * d2 + b
-            x1 = fetch(at1, (a < d1) & (r < rank)[None, :] & (i1 >= 0), INTERPRETED)
-            x2 = fetch(at2, (b < d2) & (r < rank)[:, None] & (i1 >= 0), INTERPRETED)
+            x1 = fetch(at1, (a < d1) & (r < rank)[None, :] & known, INTERPRETED)
+            x2 = fetch(at2, (b < d2) & (r < rank)[:, None] & known, INTERPRETED)
             y = product(x1, x2, y, dtype)
+        y = tl.where(known | (i1 == -1), y, float("nan"))
         tl.store(y_ptr + t.to(tl.int64) * d_model + feature, rounded(y, dtype, INTERPRETED), mask=kept & in_range)
 
 
 @triton.jit
 def triple_rows_kernel(
-    i1_ptr, i2_ptr, i3_ptr, c1_ptr, c2_ptr, c3_ptr, y_ptr, count, r1, r2, d1, d2, d3, d_model,
+    i1_ptr, i2_ptr, i3_ptr, c1_ptr, c2_ptr, c3_ptr, y_ptr, count, v1, r1, r2, d1, d2, d3, d_model,
     TOKENS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -143,6 +146,7 @@ def triple_rows_kernel(
         i1 = tl.load(i1_ptr + t, mask=in_range, other=-1).to(tl.int64)
         i2 = tl.load(i2_ptr + t, mask=in_range, other=0).to(tl.int64)
         i3 = tl.load(i3_ptr + t, mask=in_range, other=0).to(tl.int64)
+        known = (i1 >= 0) & (i1 < v1)
         y = tl.zeros([A * B, C], tl.float32)
         for s0 in range(0, r2, R):
             s2 = s0 + (tl.arange(0, B * R) // B)[None, :]
@@ -151,13 +155,14 @@ def triple_rows_kernel(
                 r = first + tl.arange(0, R)
                 at1 = c1_ptr + (i1 * r1 + r[None, :]) * d1 + a1
                 at2 = c2_ptr + ((i2 * r1 + r[:, None]) * r2 + s2) * d2 + b2
-                x1 = fetch(at1, (a1 < d1) & (r < r1)[None, :] & (i1 >= 0), INTERPRETED)
-                x2 = fetch(at2, (b2 < d2) & (s2 < r2) & (r < r1)[:, None] & (i1 >= 0), INTERPRETED)
+                x1 = fetch(at1, (a1 < d1) & (r < r1)[None, :] & known, INTERPRETED)
+                x2 = fetch(at2, (b2 < d2) & (s2 < r2) & (r < r1)[:, None] & known, INTERPRETED)
                 left = product(x1, x2, left, dtype)
             s = (s0 + tl.arange(0, R))[:, None]
-            x3 = fetch(c3_ptr + (i3 * r2 + s) * d3 + c, (c < d3) & (s < r2) & (i1 >= 0), INTERPRETED)
+            x3 = fetch(c3_ptr + (i3 * r2 + s) * d3 + c, (c < d3) & (s < r2) & known, INTERPRETED)
             left = tl.permute(tl.reshape(left, [A, R, B]), (0, 2, 1))
             y = product(tl.reshape(left, [A * B, R]), x3, y, dtype)
+        y = tl.where(known | (i1 == -1), y, float("nan"))
         tl.store(y_ptr + t.to(tl.int64) * d_model + feature, rounded(y, dtype, INTERPRETED), mask=kept & in_range)
 
 
@@ -224,11 +229,12 @@ def pair_gradient_kernel(
     """A chunk's share of dc[i, ρ, o] = Σ_t Σ_w c'[i', ρ, w] dy[t, o, w], c' the other core."""
     dtype: tl.constexpr = other_ptr.dtype.element_ty
     place, end = _places(starts_ptr, count, segments, CHUNK, SEGMENTS, ATOMIC)
+    if place >= end:
+        return
     o = tl.program_id(1) * OWN + tl.arange(0, OWN)[None, :]
     r = tl.program_id(2) * R + tl.arange(0, R)[:, None]
     inside = (o < own) & (r < rank)
     share = tl.zeros([R, OWN], tl.float32)
-    filled = place < end
     while place < end:
         key, stop = _run(keys_ptr, place, end, CHUNK, ATOMIC)
         for first in range(0, other, OTHER):
@@ -244,7 +250,7 @@ def pair_gradient_kernel(
             share = tl.zeros([R, OWN], tl.float32)
         place = stop
     if not ATOMIC:
-        _deliver(out_ptr, 0, rank * own, r * own + o, share, inside & filled, ATOMIC)
+        _deliver(out_ptr, 0, rank * own, r * own + o, share, inside, ATOMIC)
 
 
 @triton.jit
@@ -261,12 +267,13 @@ def end_gradient_kernel(
     """
     dtype: tl.constexpr = far_ptr.dtype.element_ty
     place, end = _places(starts_ptr, count, segments, CHUNK, SEGMENTS, ATOMIC)
+    if place >= end:
+        return
     o = tl.program_id(1) * OWN + tl.arange(0, OWN)[None, :]
     r = tl.program_id(2) * R + tl.arange(0, R)[:, None]
     inside = (o < own) & (r < rank)
     r_row = (tl.program_id(2) * R + tl.arange(0, R * MIDDLE) // MIDDLE)[:, None]
     share = tl.zeros([R, OWN], tl.float32)
-    filled = place < end
     while place < end:
         key, stop = _run(keys_ptr, place, end, CHUNK, ATOMIC)
         i2 = (key // distant) % near
@@ -296,7 +303,7 @@ def end_gradient_kernel(
             share = tl.zeros([R, OWN], tl.float32)
         place = stop
     if not ATOMIC:
-        _deliver(out_ptr, 0, rank * own, r * own + o, share, inside & filled, ATOMIC)
+        _deliver(out_ptr, 0, rank * own, r * own + o, share, inside, ATOMIC)
 
 
 @triton.jit
@@ -312,6 +319,8 @@ def middle_gradient_kernel(
     """
     dtype: tl.constexpr = c1_ptr.dtype.element_ty
     place, end = _places(starts_ptr, count, segments, CHUNK, SEGMENTS, ATOMIC)
+    if place >= end:
+        return
     b0 = tl.program_id(1) * B
     r0 = (tl.program_id(2) % tl.cdiv(r1, R)) * R
     s = (tl.program_id(2) // tl.cdiv(r1, R)) * Q + tl.arange(0, Q)[None, :]
@@ -320,7 +329,6 @@ def middle_gradient_kernel(
     inside = (r_row < r1) & (b_row < d2) & (s < r2)
     offsets = (r_row * r2 + s) * d2 + b_row
     share = tl.zeros([R * B, Q], tl.float32)
-    filled = place < end
     while place < end:
         key, stop = _run(keys_ptr, place, end, CHUNK, ATOMIC)
         i1 = (key // v3) % v1
@@ -347,7 +355,7 @@ def middle_gradient_kernel(
             share = tl.zeros([R * B, Q], tl.float32)
         place = stop
     if not ATOMIC:
-        _deliver(out_ptr, 0, r1 * r2 * d2, offsets, share, inside & filled, ATOMIC)
+        _deliver(out_ptr, 0, r1 * r2 * d2, offsets, share, inside, ATOMIC)
 
 
 @triton.jit
@@ -371,7 +379,7 @@ def rows(ids_parts: tuple[Tensor, ...], cores: tuple[Tensor, ...], d_model: int)
     """Return rows (T, d_model) in the dtype of the cores.
 
     Args:
-        ids_parts: i_k (T,) per core, integers; a negative i₁ asks for a row of zeros.
+        ids_parts: i_k (T,) per core, integers; i₁ = −1 asks for a row of zeros, others outside [0, v₁) give NaN.
         cores: two or three real cores (v_k, r_{k−1}, r_k, d_k) of one dtype: float32, bfloat16 or float16.
         d_model: features kept.
     """
@@ -384,7 +392,14 @@ def rows(ids_parts: tuple[Tensor, ...], cores: tuple[Tensor, ...], d_model: int)
     d = [core.shape[3] for core in cores]
     tensors = {f"i{k}_ptr": part for k, part in enumerate(parts, 1)}
     tensors |= {f"c{k}_ptr": core for k, core in enumerate(cores, 1)}
-    sizes = {"count": count, "d1": d[0], "d2": d[1], "d_model": d_model, "INTERPRETED": interpreting()}
+    sizes = {
+        "count": count,
+        "v1": cores[0].shape[0],
+        "d1": d[0],
+        "d2": d[1],
+        "d_model": d_model,
+        "INTERPRETED": interpreting(),
+    }
     if len(cores) == 2:
         launch(
             pair_rows_kernel,
@@ -419,7 +434,7 @@ def rows_backward(
 
     Args:
         dy: gradient of the rows (T, d_model), in the dtype of the cores or float32.
-        ids_parts: as in ``rows``; tokens of negative i₁ give no gradient.
+        ids_parts: as in ``rows``; tokens whose i₁ is outside [0, v₁) give no gradient.
         cores: as in ``rows``.
         atomic: add without sorting; faster, and the last bits depend on the order in which programs finish.
     """
@@ -462,16 +477,18 @@ def _core_gradient(
 
 
 def _keys(k: int, ids_parts: tuple[Tensor, ...], cores: tuple[Tensor, ...]) -> tuple[Tensor, int]:
-    """Return one number per token, i_k first and the other parts after it, negative where i₁ is; and their count."""
+    """Return one number per token, i_k first and the other parts after it, −1 for no id; and the partners per i_k."""
     keys, partners = ids_parts[k].to(torch.int64), 1
     for j in PARTNERS[len(cores)][k]:
         keys, partners = keys * cores[j].shape[0] + ids_parts[j], partners * cores[j].shape[0]
-    return torch.where(ids_parts[0] < 0, -1, keys), partners
+    known = (ids_parts[0] >= 0) & (ids_parts[0] < cores[0].shape[0])
+    return torch.where(known, keys, -1), partners
 
 
 def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dict[str, Any]) -> None:
     """Start the kernel of core k."""
     v, d = [core.shape[0] for core in cores], [core.shape[3] for core in cores]
+    size = cores[0].element_size()
     if len(cores) == 2:
         rank, other = cores[0].shape[2], 1 - k
         sizes = {
@@ -480,7 +497,7 @@ def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dic
         }  # fmt: skip
         launch(
             pair_gradient_kernel,
-            PAIR_GRADIENT_TILES,
+            PAIR_GRADIENT_TILES[size][:1] if plan["ATOMIC"] else PAIR_GRADIENT_TILES[size],
             lambda tile: (programs, triton.cdiv(d[k], tile["OWN"]), triton.cdiv(rank, tile["R"])),
             {**plan, **sizes},
             tune_on=("count", "rank", "own", "other"),
@@ -494,7 +511,7 @@ def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dic
         }  # fmt: skip
         launch(
             middle_gradient_kernel,
-            MIDDLE_GRADIENT_TILES,
+            MIDDLE_GRADIENT_TILES[size],
             lambda tile: (
                 programs,
                 triton.cdiv(d[1], tile["B"]),
@@ -514,7 +531,7 @@ def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dic
     }  # fmt: skip
     launch(
         end_gradient_kernel,
-        END_GRADIENT_TILES,
+        END_GRADIENT_TILES[size],
         lambda tile: (programs, triton.cdiv(d[k], tile["OWN"]), triton.cdiv(rank, tile["R"])),
         {**plan, **sizes},
         tune_on=("count", "rank", "far_rank", "own", "middle", "far"),
