@@ -26,13 +26,13 @@ import matplotlib
 import torch
 from rich.console import Console
 from rich.table import Table
-from so8t_torch import HolographicTTEmbedding, TensorTrainHead
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.allocation import peak_bytes
 from benchmarks.harness import RESULTS, environment
+from so8t_torch import HolographicTTEmbedding, TensorTrainHead
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the drawing backend has to be chosen first

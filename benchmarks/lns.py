@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.allocation import peak_bytes
 from benchmarks.harness import Case, Rival, run
 from so8t_torch.nn.lns_linear import LNSLinear
 from so8t_torch.ops import lns
@@ -86,7 +85,7 @@ def peers_case(size: int) -> Case:
     for name in sorted(forms):
         torch.testing.assert_close(forms[name]().double(), exact, rtol=1e-5, atol=1e-5)
         keops = name.startswith("pykeops")
-        size_of = "" if keops else f" ({megabytes(forms[name])})"
+        size_of = "" if keops else f" ({peak_bytes(forms[name]) / 2**20:.1f} MiB)"
         rivals.append(Rival(name + size_of, without_graph(forms[name]), must=10.0 if keops else 100.0))
     note = shape(size, ours) + "".join(f"; {name} absent" for name in absent)
     return Case(f"unsigned fwd {size}³", note, "float32", tuple(rivals), repeats=5)
@@ -187,18 +186,8 @@ def without_graph(function: Callable[[], object]) -> Callable[[], object]:
 
 def shape(size: int, call: Callable[[], object]) -> str:
     """Return the size of a product and the peak of the bytes that one call allocates."""
-    return f"{size}³, peak {megabytes(call)}"
-
-
-def megabytes(call: Callable[[], object]) -> str:
-    """Return the largest number of bytes that a call holds at once through torch's CPU allocator, beyond its inputs."""
     call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    peak = max(itertools.accumulate((size for _, size in changes), initial=0))
-    return f"{peak / 2**20:.1f} MiB"
+    return f"{size}³, peak {peak_bytes(call) / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

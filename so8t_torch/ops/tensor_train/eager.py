@@ -11,7 +11,9 @@ order of the sorted ids, so the result is the same bits on every run.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,6 +27,8 @@ from so8t_torch.core.precision import accumulation_dtype
 
 TILE_ELEMENTS = 3 << 16
 """Numbers per tile of rows: three quarters of a megabyte in float32, which a core's second-level cache holds."""
+_HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -167,11 +171,17 @@ def step_matrices(cores: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return unwritten memory on the CPU.
+    """Return unwritten memory on the CPU, on huge pages where the system has them.
 
-    NumPy asks the kernel for huge pages: a fresh 50 MB then costs 24 page faults instead of 12,288.
+    Fresh memory is paid for by the page: 50 MB are 12,288 faults on small pages and 24 on huge ones.
     """
-    return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
+    out = torch.empty(shape, dtype=dtype)
+    if _LIBC is not None and out.nbytes >= _HUGE_PAGE:
+        begin = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        size = (out.data_ptr() + out.nbytes) // _HUGE_PAGE * _HUGE_PAGE - begin
+        if size > 0:
+            _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return out
 
 
 def _tiles(found: Segments, cores: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
