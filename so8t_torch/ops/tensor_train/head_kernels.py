@@ -54,7 +54,7 @@ HIDDEN_TILES = {
     4: (_tile(4, 1, V1=32, V2=32, A=16, B=64),),
 }
 CORE_TILES = {
-    2: (_tile(4, 1, OWN=64, OTHER=64, D_OWN=64, D_OTHER=64),),
+    2: (_tile(8, 1, OWN=64, OTHER=64, D_OWN=64, D_OTHER=64), _tile(8, 1, OWN=64, OTHER=32, D_OWN=64, D_OTHER=64)),
     4: (_tile(8, 1, OWN=32, OTHER=64, D_OWN=64, D_OTHER=32),),
 }
 
