@@ -67,7 +67,7 @@ def _rows_gradient(grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int 
 
 
 def _kernel_digits(ids: Tensor, cores: list[Tensor], padding: int | None) -> tuple[Tensor, ...]:
-    """Return the digits of the ids; the first one is −1 where a row is zero, and one too large where an id is negative."""
+    """Return the digits of the ids; the first is −1 where a row is zero, and too large where an id is negative."""
     left_out = torch.zeros_like(ids, dtype=torch.bool) if padding is None else ids == padding
     first, *rest = eager.digits(ids.clamp(min=0), cores)
     first = torch.where(ids < 0, cores[0].shape[0], first)
