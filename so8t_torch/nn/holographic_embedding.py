@@ -14,7 +14,6 @@ Cost: that of ``ops.tensor_train.rows``; only ids and cores are saved. Derivatio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -26,7 +25,7 @@ from so8t_torch.nn.tensor_train_compression import Compressed, Permutation, fact
 from so8t_torch.ops import tensor_train
 from so8t_torch.ops.tensor_train.decomposition import check_factors
 
-__all__ = ["NOWHERE", "HolographicTTEmbedding", "without_autocast"]
+__all__ = ["NOWHERE", "HolographicTTEmbedding"]
 
 NOWHERE = -(2**31)
 """Position of padding and of ignored labels: outside every table, whatever the permutation."""
@@ -234,8 +233,9 @@ class HolographicTTEmbedding(nn.Module):
         """
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise DomainError(f"HolographicTTEmbedding: expected ids of an integer dtype, got {ids.dtype}.")
+        ids = ids.long()
         inside = (ids >= 0) & (ids < self.vocab_size)
-        placed = self.id_permutation[ids.clamp(0, self.vocab_size - 1).long()]
+        placed = self.id_permutation[ids.clamp(0, self.vocab_size - 1)]
         placed = torch.where(inside, placed, ids.clamp(min=-1))
         return placed if nowhere is None else torch.where(ids == nowhere, NOWHERE, placed)
 
@@ -257,25 +257,14 @@ class HolographicTTEmbedding(nn.Module):
         return f"{self.vocab_size}, {self.d_model}, ranks={self.ranks}, factors {factors}{padding}{kind}"
 
     def _rows(self, ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
-        with without_autocast(ids.device):
-            return tensor_train.rows(
-                self.positions(ids, self.padding_idx),
-                *cores,
-                vocab_size=self.vocab_size,
-                d_model=self.d_model,
-                padding_idx=None if self.padding_idx is None else NOWHERE,
-                backend=self.backend,
-            )
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which sums are carried in the dtype that the operation states.
-
-    Args:
-        device: where the operation runs.
-    """
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+        return tensor_train.rows(
+            self.positions(ids, self.padding_idx),
+            *cores,
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            padding_idx=None if self.padding_idx is None else NOWHERE,
+            backend=self.backend,
+        )
 
 
 def _scaled(first: Tensor, factor: Tensor) -> Tensor:

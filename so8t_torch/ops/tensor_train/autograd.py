@@ -313,5 +313,7 @@ torch.library.register_autograd(rows_gradient, _rows_gradient_backward, setup_co
 torch.library.register_autograd(logits, _logits_backward, setup_context=_save_logits)
 torch.library.register_autograd(logits_gradient, _logits_gradient_backward, setup_context=_save_logits_gradient)
 torch.library.register_autograd(cross_entropy, _cross_entropy_backward, setup_context=_save_cross_entropy)
-torch.library.register_autograd(cross_entropy_gradient, _cross_entropy_gradient_backward, setup_context=_save_cross_entropy_gradient)
+torch.library.register_autograd(
+    cross_entropy_gradient, _cross_entropy_gradient_backward, setup_context=_save_cross_entropy_gradient
+)
 torch.library.register_autograd(topk, _topk_backward, setup_context=_save_topk)
