@@ -115,7 +115,7 @@ def replace_embedding_with_htt(
     Raises:
         ValueError: the model has no such attribute (a ConfigError), or the predicate chooses nothing.
         TypeError: it is not an ``nn.Embedding``, or one whose lookup does more than return a row.
-        DomainError: the error is above the gate; the text names the rank that would do.
+        DomainError: the error is above the gate; the text names ranks that are enough.
     """
     if initialise not in ("decompose", "random"):
         raise ConfigError(f"expected initialise 'decompose' or 'random', got {initialise!r}.")

@@ -363,14 +363,14 @@ def check_factors(
     for k, (left, rank) in enumerate(pairwise((1, *ranks))):
         limit = min(left * sizes[k], math.prod(sizes[k + 1 :]))
         if not 1 <= rank <= limit:
-            raise ConfigError(f"{op}: expected rank {k + 1} in 1..{limit}, that of its matrix, got {rank}; lower it.")
+            raise ConfigError(f"{op}: expected rank {k + 1} in 1..{limit}, that of its matrix, got {rank}; change it.")
 
 
 def _check_table(op: str, table: Tensor) -> None:
     if table.ndim != 2 or 0 in table.shape:
         raise ShapeError(f"{op}: expected a table (V, D) with V, D ≥ 1, got {tuple(table.shape)}.")
-    if not (table.is_floating_point() or table.is_complex()):
-        raise DomainError(f"{op}: expected a floating-point table, got {table.dtype}; convert it first.")
+    if not (table.is_floating_point() or table.is_complex()) or table.dtype.itemsize < 2:
+        raise DomainError(f"{op}: expected a floating-point table of 16 bits or more, got {table.dtype}; convert it.")
     if not bool(torch.isfinite(table).all()):
         bad = int((~torch.isfinite(table)).any(1).nonzero()[0])
         raise DomainError(f"{op}: expected a finite table, found NaN or infinity, first in row {bad}; repair it first.")
