@@ -31,10 +31,11 @@ def lns_specs() -> tuple[KernelSpec, ...]:
     return tuple(found)
 
 
-def original_specs() -> tuple[KernelSpec, ...]:
-    """Return the product's kernel with each configuration that the design began from, one spec for each."""
+def original_specs() -> tuple[tuple[KernelSpec, KernelSpec], ...]:
+    """Return the product's kernel, with signs and without, for each configuration that the design began from."""
     product = next(iter(_products("fp32", FLOATING[0][1])))
-    return tuple(replace(product, tiles=(tile,)) for tile in kernels.ORIGINAL_TILES)
+    each = (replace(product, tiles=(tile,)) for tile in kernels.ORIGINAL_TILES)
+    return tuple((spec, _unsigned(spec)) for spec in each)
 
 
 def _spec(
