@@ -13,7 +13,9 @@ Cost: that of ``ops.tensor_train.rows``; only ids and cores are saved. Derivatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -281,12 +283,15 @@ def _check_options(
     vocab_size: int, d_model: int, num_cores: int, init_scale: float, padding_idx: int | None, whole: bool, emit: str
 ) -> None:
     name = "HolographicTTEmbedding"
+    for n in (vocab_size, d_model, *(() if padding_idx is None else (padding_idx,))):
+        if not isinstance(n, Integral) or isinstance(n, bool):
+            raise ConfigError(f"{name}: expected whole numbers for vocab_size, d_model and padding_idx, got {n!r}.")
     if vocab_size < 1 or d_model < 1:
         raise ConfigError(f"{name}: expected vocab_size and d_model ≥ 1, got {vocab_size} and {d_model}.")
     if num_cores not in (2, 3):
         raise ConfigError(f"{name}: expected num_cores 2 or 3, got {num_cores}.")
-    if not init_scale > 0:
-        raise ConfigError(f"{name}: expected init_scale > 0, got {init_scale!r}.")
+    if not 0 < init_scale < math.inf:
+        raise ConfigError(f"{name}: expected a finite init_scale > 0, got {init_scale!r}.")
     if padding_idx is not None and not 0 <= padding_idx < vocab_size:
         raise ConfigError(f"{name}: expected padding_idx in [0, {vocab_size}), got {padding_idx}.")
     if emit not in ("real", "pair"):

@@ -133,11 +133,16 @@ def compress_embedding(
         id_permutation: π, ``"golden"``, ``"identity"``, or a bijection of [0, V).
 
     Raises:
-        DomainError: the table is not finite, is all zero, or the error is above the gate; the text names the figure and
-            ranks that are enough.
+        DomainError: the table is no finite real matrix, is all zero, or the error is above the gate; the text names
+            the figure and ranks that are enough.
         ConfigError: factors or ranks do not fit each other, sweeps is negative, or π is no bijection.
         ShapeError: the factors do not cover the table.
     """
+    if table.ndim != 2 or not table.is_floating_point():
+        raise DomainError(
+            f"compress_embedding: expected a real floating-point table (V, D), got {table.dtype} "
+            f"{tuple(table.shape)}; use ops.tensor_train.decompose for a complex one."
+        )
     started = time.perf_counter()
     size, width = table.shape
     factors = factors_of(size, width, num_cores, vocab_factors, feature_factors)

@@ -110,7 +110,7 @@ def logits(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "*batch v"]:
-    """Return h Eᵀ: exactly the transpose of the embedding.
+    """Return h Eᵀ: the transpose of the embedding, up to the order of the sums.
 
     Args:
         hidden: h, whose width D ≤ Π w_k is that of the table.
