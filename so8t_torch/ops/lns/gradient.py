@@ -3,9 +3,10 @@
     w_ikj = s_a s_b s_c exp(A_ik + B_kj − C_ij),  Σ_k w_ikj = 1      Ā_ik = Σ_j g_ij w_ikj,  B̄_kj = Σ_i g_ij w_ikj
     W = g / S,   Ā = E ∘ (W Fᵀ),   B̄ = F ∘ (Eᵀ W)
 
-Symbols as in ladder.py; S is saved by the forward, +∞ where it was rejected, so that those outputs weigh nothing here
-and are added afterwards in float64: by GEMMs where its range suffices, else term by term. The acceptance test bounds
-what a lost factor would have weighed by u. g is scaled to at most 1 where it is larger, so that nothing overflows.
+Symbols as in ladder.py; S is saved by the forward, from whichever rung, and +∞ where it is lost in the floor of
+the first: those outputs weigh nothing here and are added afterwards in float64, by GEMMs where its range suffices,
+else term by term. Above the floor a lost factor would have weighed at most u. g is scaled to at most 1 where it is
+larger, so that nothing overflows on any rung.
 Derivation: docs/math/lns.md.
 """
 
@@ -27,20 +28,21 @@ def matmul(g: Tensor, x: Operands, scaled: Tensor, log_c: Tensor) -> tuple[Tenso
     """Return the gradients of A (batch, M, K) and B (batch, K, N) for g = ∂/∂C (batch, M, N)."""
     lowest, highest = torch.aminmax(g)
     scale = _scale(float(torch.maximum(-lowest, highest)))
-    weight = torch.div(g, scaled) if scale == 1.0 else torch.mul(g, scale).div_(scaled)
+    g = g if scale == 1.0 else g * scale
+    weight = torch.div(g, scaled)
     da, db = torch.empty_like(x.log_a), torch.empty_like(x.log_b)
     for part, left, right in ladder.panels(x, ladder.shifts(x.log_a, -1), ladder.shifts(x.log_b, -2)):
         torch.mul(torch.matmul(weight, right.mT), left, out=da[..., part])
         torch.matmul(left.mT, weight, out=db[..., part, :]).mul_(right)
-    if scale != 1.0:
-        da.div_(scale)
-        db.div_(scale)
     if not bool(scaled.amax() < math.inf):
         rejected = (scaled == math.inf).nonzero()
         rejected = rejected[log_c[rejected.unbind(1)] != -math.inf]
         for index in rejected[:, 0].unique().tolist():
             _, i, j = rejected[rejected[:, 0] == index].unbind(1)
             _add_rejected(g[index, i, j], x.item(index), Entries(i, j, i == i), da[index], db[index])
+    if scale != 1.0:
+        da.div_(scale)
+        db.div_(scale)
     return da, db
 
 

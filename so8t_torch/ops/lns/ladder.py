@@ -80,11 +80,12 @@ class Rescaled(NamedTuple):
     shift_b: Tensor
     bound: Tensor
     floor: float
+    boost: float
 
     @property
     def shift(self) -> Tensor:
-        """The exact sums a_i + b_j."""
-        return self.shift_a + self.shift_b
+        """The sums a_i + b_j − 2β, exact in float64 also where the shifts' own dtype would round them."""
+        return self.shift_a.double() + self.shift_b.double() - 2 * self.boost
 
 
 class Product(NamedTuple):
@@ -153,19 +154,19 @@ def rescale(x: Operands, boost: float = 0.0, sharp: bool = True) -> Rescaled:
 
     With signs Σ|terms| is a second product if ``sharp``, else the Cauchy–Schwarz bound of it.
     """
-    shift_a, shift_b = shifts(x.log_a, -1) - boost, shifts(x.log_b, -2) - boost
+    shift_a, shift_b = shifts(x.log_a, -1), shifts(x.log_b, -2)
     dtype, terms = x.log_a.dtype, x.log_a.shape[-1]
     roundoff = torch.finfo(dtype).eps / 2
     floor = terms * math.exp(boost - EXPONENT_RANGE[dtype]) / roundoff
     total = x.log_a.new_empty(*x.log_a.shape[:-1], x.log_b.shape[-1])
     if not x.signed:
-        for part, left, right in panels(x, shift_a, shift_b):
+        for part, left, right in panels(x, shift_a, shift_b, boost):
             _add_product(total, left, right, first=part.start == 0)
-        return Rescaled(total, shift_a, shift_b, total.new_tensor(floor), floor)
+        return Rescaled(total, shift_a, shift_b, total.new_tensor(floor), floor, boost)
     slack = roundoff * (min(terms, PANEL) + math.ceil(terms / PANEL) + math.log(terms) + 16 + 2 * boost)
     square_a, square_b, bound = torch.zeros_like(shift_a), torch.zeros_like(shift_b), torch.empty_like(total)
     size = torch.zeros_like(total) if sharp else None
-    for part, left, right in panels(x, shift_a, shift_b):
+    for part, left, right in panels(x, shift_a, shift_b, boost):
         if part.start == 0:
             torch.matmul(left, right, out=total)
         else:
@@ -179,7 +180,7 @@ def rescale(x: Operands, boost: float = 0.0, sharp: bool = True) -> Rescaled:
         bound = size.mul_(slack + roundoff * EXPONENT_RANGE[dtype]).add_(floor)
     else:
         torch.mul(square_a.sqrt_().mul_(slack), square_b.sqrt_(), out=bound).add_(floor)
-    return Rescaled(total, shift_a, shift_b, bound, floor)
+    return Rescaled(total, shift_a, shift_b, bound, floor, boost)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -188,8 +189,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
     add(left, right, beta=0 if first else 1)
 
 
-def panels(x: Operands, shift_a: Tensor, shift_b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield E = s exp(A − a) and F = s exp(B − b), PANEL values of k at a time; each overwrites the one before."""
+def panels(x: Operands, shift_a: Tensor, shift_b: Tensor, boost: float = 0.0) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield E = s exp(A − a + β) and F = s exp(B − b + β), PANEL values of k at a time, each over the one before.
+
+    β is added last: a − β would be rounded where a is large, and E be out of range.
+    """
     terms = x.log_a.shape[-1]
     width = min(terms, PANEL)
     rows = x.log_a.new_empty(*x.log_a.shape[:-1], width)
@@ -197,8 +201,10 @@ def panels(x: Operands, shift_a: Tensor, shift_b: Tensor) -> Iterator[tuple[slic
     for start in range(0, terms, PANEL):
         part = slice(start, min(start + PANEL, terms))
         own = x.terms(part)
-        left = torch.sub(own.log_a, shift_a, out=rows[..., : part.stop - start]).exp_()
-        right = torch.sub(own.log_b, shift_b, out=columns[..., : part.stop - start, :]).exp_()
+        left = torch.sub(own.log_a, shift_a, out=rows[..., : part.stop - start])
+        right = torch.sub(own.log_b, shift_b, out=columns[..., : part.stop - start, :])
+        for factor in (left, right):
+            (factor.add_(boost) if boost else factor).exp_()
         if own.sign_a is not None and own.sign_b is not None:
             left.mul_(own.sign_a)
             right.mul_(own.sign_b)
@@ -207,7 +213,7 @@ def panels(x: Operands, shift_a: Tensor, shift_b: Tensor) -> Iterator[tuple[slic
 
 def matmul(x: Operands) -> Product:
     """Return log|Σ_k s s exp(A_ik + B_kj)| and its sign for operands (batch, M, K) and (batch, K, N)."""
-    total, shift_a, shift_b, bound, floor = rescale(x, sharp=False)
+    total, shift_a, shift_b, bound, floor, _ = rescale(x, sharp=False)
     rung = torch.zeros((), dtype=torch.int8, device=total.device).expand(total.shape)
     undecided = torch.zeros((), dtype=torch.bool, device=total.device).expand(total.shape)
     magnitude = total.abs() if x.signed else total
@@ -274,11 +280,11 @@ class _Item(NamedTuple):
 
     def write(self, where: tuple[Tensor, Tensor], total: Tensor, shift: Tensor, rung: int) -> None:
         """Write the outputs at ``where``, given S and its shift there."""
-        value = total.abs().log_().add_(shift)
+        value = total.abs().log_().double() + shift
         self.log[where] = value.to(self.log.dtype)
         self.rung[where] = rung
-        own = self.shift_a[where[0], 0] + self.shift_b[0, where[1]]
-        linear = total.double() * torch.exp(shift.double() - own)
+        own = self.shift_a[where[0], 0].double() + self.shift_b[0, where[1]]
+        linear = total * torch.exp(shift - own)
         linear = torch.where(linear.abs() > self.floor, linear, math.inf)
         self.scaled[where] = torch.where(value.isnan(), value, linear).to(self.scaled.dtype)
         if self.sign is not None:
@@ -338,7 +344,7 @@ def _without_poisoned(item: _Item, rejected: Entries) -> Entries:
     count_b = torch.ones_like(log_b) if sign_b is None else (sign_b != 0).to(log_b.dtype)
     poisoned = (nan_a @ count_b + count_a @ nan_b)[rejected.i, rejected.j] > 0
     there = rejected.where(poisoned)
-    item.write((there.i, there.j), item.log.new_full(there.i.shape, math.nan), item.log.new_zeros(()), 0)
+    item.write((there.i, there.j), item.log.new_full(there.i.shape, math.nan), torch.zeros(()), 0)
     return rejected.where(~poisoned)
 
 
@@ -349,21 +355,20 @@ def _without_zeros(item: _Item, rejected: Entries) -> Entries:
     present_a, present_b = ((log != -math.inf).to(log.dtype) for log in (part.log_a, part.log_b))
     zero = (present_a @ present_b)[row, column] == 0
     there = rejected.where(zero)
-    item.write((there.i, there.j), item.log.new_zeros(there.i.shape), item.log.new_zeros(()), 0)
+    item.write((there.i, there.j), item.log.new_zeros(there.i.shape), torch.zeros(()), 0)
     return rejected.where(~zero)
 
 
 def _blocked(x: Operands, boost: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return S, its shift and its bound with shifts of BLOCK terms each, merged online."""
-    shape = (x.log_a.shape[0], x.log_b.shape[1])
-    shift = x.log_a.new_full(shape, 2 * _lowest(x.log_a.dtype))
-    total, bound = x.log_a.new_zeros(shape), x.log_a.new_zeros(shape)
+    total, bound = (x.log_a.new_zeros(x.log_a.shape[0], x.log_b.shape[1]) for _ in range(2))
+    shift = total.new_full(total.shape, 2 * _lowest(total.dtype), dtype=torch.float64)
     for start in range(0, x.log_a.shape[-1], BLOCK):
         part = rescale(x.terms(slice(start, start + BLOCK)), boost)
         own = part.shift
         peak = torch.maximum(shift, own)
         # a boosted sum times exp(own − peak) has a place where exp(own − peak) has none: its root is applied twice
-        kept, new = ((each - peak).mul_(0.5).exp_() for each in (shift, own))
+        kept, new = ((each - peak).mul_(0.5).exp_().to(total.dtype) for each in (shift, own))
         total = total * kept * kept + part.total * new * new
         bound = bound * kept * kept + part.bound * new * new
         shift = peak
