@@ -318,7 +318,7 @@ from so8t_torch.ops.lns.kernels import FORWARD_TILES, ORIGINAL_TILES, PRUNED
 
 for position in {positions}:
     rows = gate(original_specs()[position], (86,))
-    found = {problem.split()[0].removesuffix(":") for row in rows for problem in row.problems}
+    found = set(problem.split()[0].removesuffix(":") for row in rows for problem in row.problems)
     assert found == set(PRUNED.get(position, ())), (position, rows)
     assert (ORIGINAL_TILES[position] in FORWARD_TILES) == (not found), position
 """
