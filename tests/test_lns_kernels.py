@@ -317,15 +317,16 @@ from parity_tests.kernels import gate
 from so8t_torch.ops.lns.kernels import FORWARD_TILES, ORIGINAL_TILES, PRUNED
 
 for position in {positions}:
-    rows = gate(original_specs()[position], (86,))
+    rows = gate(original_specs()[position][: 1 if position in PRUNED else 2], (86,))
     found = set(problem.split()[0].removesuffix(":") for row in rows for problem in row.problems)
     assert found == set(PRUNED.get(position, ())), (position, rows)
     assert (ORIGINAL_TILES[position] in FORWARD_TILES) == (not found), position
 """
 
 
+@pytest.mark.slow
 @pytest.mark.compile_gate
-@pytest.mark.parametrize("positions", [(5, 6, 7), pytest.param((0, 1, 2, 3, 4), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("positions", [(5, 6, 7), (0, 1, 2, 3, 4)])
 def test_the_gate_finds_what_the_table_of_pruned_tiles_says(positions: tuple[int, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", GATE_PROGRAM.format(positions=positions)], capture_output=True, text=True, check=False
