@@ -387,13 +387,13 @@ def streamed(x: Operands, chosen: Entries) -> Iterator[tuple[tuple[Tensor, Tenso
         return
     for where in zip(*(index.split(max(1, STREAM_ELEMENTS // terms)) for index in chosen[:2]), strict=True):
         i, j = where
-        exponent = x.log_a[i].double().add_(_columns(x.log_b, j))
+        exponent, rest = _exact_sum(x.log_a[i].double(), _columns(x.log_b, j).double())
         sign = None if x.sign_a is None or x.sign_b is None else x.sign_a[i].mul_(_columns(x.sign_b, j))
         peak = exponent.amax(-1, keepdim=True)
         if bool(peak.isfinite().all()):
-            weight = exponent.sub_(peak).exp_()
+            weight = exponent.sub_(peak).add_(rest).exp_()
         else:
-            weight, peak = _weights_at_infinity(exponent, sign)
+            weight, peak = _weights_at_infinity(exponent, rest, sign)
         magnitude = weight.sum(-1)
         if sign is not None:
             weight.mul_(sign)
@@ -402,14 +402,25 @@ def streamed(x: Operands, chosen: Entries) -> Iterator[tuple[tuple[Tensor, Tenso
         yield where, total, peak.squeeze(-1), magnitude, weight
 
 
+def _exact_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p = a + b and what rounding took from it (Knuth's two-sum), 0 where p is not finite.
+
+    A rounded exponent of 10⁸ would change its term by 10⁻⁸, and what is left of cancelling terms by any amount.
+    """
+    total = a + b
+    part = total - a
+    rest = (b - part).add_(a - (total - part))
+    return total, rest.masked_fill_(~total.isfinite(), 0.0)
+
+
 def _columns(x: Tensor, index: Tensor) -> Tensor:
     """Return the chosen columns as contiguous rows."""
     return x.index_select(1, index).mT.contiguous()
 
 
-def _weights_at_infinity(exponent: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor]:
+def _weights_at_infinity(exponent: Tensor, rest: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return exp(p − max p) and max p where some maxima are infinite: +∞ weighs 1, −∞ and terms of sign 0 nothing."""
     present = exponent if sign is None else exponent.masked_fill(sign == 0, -math.inf)
     peak = present.amax(-1, keepdim=True)
-    weight = (present - peak).masked_fill_(present == peak, 0.0).exp_()
+    weight = (present - peak).masked_fill_(present == peak, 0.0).add_(rest).exp_()
     return weight.masked_fill_(peak == -math.inf, 0.0), peak
