@@ -86,7 +86,8 @@ def matmul(x: Operands) -> Product:
     rejected = total.new_empty((0, 3), dtype=torch.int64) if settled else (~(magnitude > bound)).nonzero()
     faint = ~(magnitude[rejected.unbind(1)] > floor)
     if x.signed:
-        sign = torch.sign(total, out=bound).to(torch.int8)
+        # What is accepted is not zero; what is rejected gets its sign below.
+        sign = (total < 0).view(torch.int8).mul_(-2).add_(1)
         log = magnitude.log_().add_(torch.add(shift_a, shift_b, out=bound))
     else:
         sign, log = total.new_empty(0, dtype=torch.int8), total.log().add_(shift_a + shift_b)

@@ -119,8 +119,8 @@ def rescale(x: Operands, boost: float = 0.0, sharp: bool = True) -> Rescaled:
         else:
             total.add_(torch.matmul(left, right, out=bound))
         if size is None:
-            square_a += left.square().sum(-1, keepdim=True)
-            square_b += right.square().sum(-2, keepdim=True)
+            square_a += left.square_().sum(-1, keepdim=True)
+            square_b += right.square_().sum(-2, keepdim=True)
         else:
             size.add_(torch.matmul(left.abs_(), right.abs_(), out=bound))
     if size is not None:
