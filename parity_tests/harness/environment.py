@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import Any, ForwardRef, get_args, get_type_hints
 
 import jax
 import jaxtyping
@@ -44,13 +44,25 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **keywords: Any) -> Any:
         for name, value in signature.bind(*arguments, **keywords).arguments.items():
             for each in _values(value, kinds[name]) if name in hints else ():
-                typeguard.check_type(each, hints[name])
+                typeguard.check_type(each, _resolved(hints[name]))
         result = function(*arguments, **keywords)
         if signature.return_annotation is not signature.empty:
-            typeguard.check_type(result, signature.return_annotation)
+            typeguard.check_type(result, _resolved(signature.return_annotation))
         return result
 
     return call
+
+
+def _resolved(hint: Any) -> Any:
+    """Return the annotation after the fields of the named tuples in it, which are strings, were evaluated.
+
+    typeguard looks their names up where it was called, which is not where the tuple was defined.
+    """
+    for part in (hint, *get_args(hint)):
+        fields = getattr(part, "__annotations__", {}) if hasattr(part, "_fields") else {}
+        if any(isinstance(field, (str, ForwardRef)) for field in fields.values()):
+            fields.update(get_type_hints(part))
+    return hint
 
 
 def _values(value: Any, kind: inspect._ParameterKind) -> Iterable[Any]:
