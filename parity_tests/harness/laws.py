@@ -89,7 +89,7 @@ def _disturb(leaf: Any, noise: np.random.Generator) -> np.ndarray:
     values = np.asarray(leaf)
     if not np.issubdtype(values.dtype, np.inexact) or values.size == 0:
         return values
-    size = max(1.0, float(np.abs(values).max()))
+    size = float(np.abs(values[np.isfinite(values)]).max(initial=1.0))
     return values + DISTURBANCE * size * noise.standard_normal(values.shape)
 
 

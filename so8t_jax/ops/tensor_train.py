@@ -54,7 +54,7 @@ def rows(
         return jnp.where(padding, 0.0, jnp.where(inside, core[digit], jnp.nan))
 
     row = functools.reduce(_join, map(chosen, _wide(*cores), digits))
-    return row.reshape(-1)[:width].astype(np.result_type(*cores))
+    return row.reshape(-1)[:width].astype(np.result_type(*(core.dtype for core in cores)))
 
 
 def table(
@@ -322,5 +322,5 @@ def _check_factors(
 
 def _wide(*arrays: Inexact[Array, ...]) -> tuple[Inexact[Array, ...], ...]:
     """Return the arrays in their dtype of accumulation: float32 for half dtypes, complex if one of them is."""
-    dtype = np.result_type(np.float32, *arrays)
+    dtype = np.result_type(np.float32, *(array.dtype for array in arrays))
     return tuple(array.astype(dtype) for array in arrays)
