@@ -19,7 +19,7 @@ __all__ = ["cumulative_sum", "linear_recurrence"]
 
 
 def linear_recurrence(
-    a: Inexact[Array, "..."],
+    a: Inexact[Array, "*#shape"],
     b: Inexact[Array, "t c"],
     initial: Inexact[Array, " c"] | None = None,
     segment_ids: Int[Array, " t"] | None = None,

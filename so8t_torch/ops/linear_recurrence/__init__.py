@@ -30,7 +30,7 @@ _KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.com
 
 
 def linear_recurrence(
-    a: Inexact[Tensor, "..."],
+    a: Inexact[Tensor, "*#shape"],
     b: Inexact[Tensor, "*batch t c"],
     initial: Inexact[Tensor, "*#batch c"] | None = None,
     segment_ids: Int[Tensor, "*#batch t"] | None = None,
@@ -170,12 +170,7 @@ def _check(a: Tensor, b: Tensor, initial: Tensor | None, segment_ids: Tensor | N
         _fits("an initial state", initial, (*batch, width), "give one number per channel of every row")
         given.append(("initial", initial))
     if segment_ids is not None:
-        _fits("segment_ids", segment_ids, (*batch, length), "give one number per token")
-        if segment_ids.shape[-1:] != (length,) or segment_ids.is_floating_point() or segment_ids.is_complex():
-            raise DomainError(
-                f"linear_recurrence: expected one whole number per token in segment_ids, got {segment_ids.dtype} "
-                f"of shape {tuple(segment_ids.shape)} for {length} tokens."
-            )
+        _check_segments(segment_ids, (*batch, length))
     for name, x in (("b", b), *given):
         if x.dtype not in _KINDS:
             raise DomainError(
@@ -192,6 +187,18 @@ def _check(a: Tensor, b: Tensor, initial: Tensor | None, segment_ids: Tensor | N
     for name, x in (*given, *(() if segment_ids is None else (("segment_ids", segment_ids),))):
         if x.device != b.device:
             raise DomainError(f"linear_recurrence: b is on {b.device}, {name} on {x.device}; move one.")
+
+
+def _check_segments(segment_ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless there is one whole number per token."""
+    _fits("segment_ids", segment_ids, shape, "give one number per token")
+    if segment_ids.shape[-1:] != shape[-1:]:
+        raise ShapeError(
+            f"linear_recurrence: expected segment_ids of shape {shape}, one number per token, "
+            f"got {tuple(segment_ids.shape)}."
+        )
+    if segment_ids.is_floating_point() or segment_ids.is_complex():
+        raise DomainError(f"linear_recurrence: expected whole numbers in segment_ids, got {segment_ids.dtype}.")
 
 
 def _fits(what: str, x: Tensor, shape: tuple[int, ...], advice: str) -> None:

@@ -1,6 +1,6 @@
 """Registration of the recurrence and its gradient with ``torch.library``: one node each for ``torch.compile``.
 
-Only a and h are saved, and h only where a wants a gradient. The gradient has its own backward, made of plain operations,
+Only a and h are saved, and h only where a wants a gradient. Its gradient has its own backward, of plain operations,
 so that derivatives of every order exist. Forward-mode derivatives do not pass through a registered operation; the
 public functions take the plain form there.
 """

@@ -197,9 +197,7 @@ def _scan(
     return _walk(a[:, rest], b[:, rest], state, flags, out[:, rest], descending)
 
 
-def _scan_blocks(
-    a: Tensor, b: Tensor, restart: Tensor | None, out: Tensor, state: Tensor, descending: bool
-) -> Tensor:
+def _scan_blocks(a: Tensor, b: Tensor, restart: Tensor | None, out: Tensor, state: Tensor, descending: bool) -> Tensor:
     """Write every state of blocks (N, n, L, C) into out, all blocks side by side, and return the last one."""
     enter = _entering(a, b, state, restart, descending)
     targets = _ordered(out.unbind(2), descending)

@@ -144,7 +144,7 @@ def _walk(
     ACC: tl.constexpr, COMPLEX: tl.constexpr, ADJOINT: tl.constexpr, DESCENDING: tl.constexpr, RESTARTS: tl.constexpr,
 ):  # fmt: skip
     """Return the state behind the tokens visited first … first + count − 1, one after the other."""
-    for step in range(0, count):
+    for step in range(count):
         t = _token(first + step, length, DESCENDING)
         inside = t >= 0
         a = _row(a_ptr, t, a_stride_t, in_range, ACC, COMPLEX)
@@ -179,7 +179,7 @@ def reduce_kernel(
             inside = step + i < span
             a = _row(a_ptr, t, a_stride_t, in_range & inside, ACC, COMPLEX)
             x = _row(x_ptr, t, x_stride_t, in_range & inside, ACC, COMPLEX)
-            rows = rows + ((a, x, _flag(restart_ptr, t, inside, RESTARTS)),)
+            rows += ((a, x, _flag(restart_ptr, t, inside, RESTARTS)),)
         for i in tl.static_range(ROWS):
             a, x, restart = rows[i]
             inside = step + i < span
@@ -215,7 +215,7 @@ def carry_kernel(
     if STARTED:
         state = _get(initial_ptr, (n * width + columns) * COMPONENTS, in_range, COMPLEX)
     _put(enter_ptr, (n * parts * width + columns) * COMPONENTS, state, in_range, COMPLEX)
-    for k in range(0, parts - 1):
+    for k in range(parts - 1):
         offsets = ((n * (parts - 1) + k) * width + columns) * COMPONENTS
         product = _get(product_ptr, offsets, in_range, COMPLEX)
         reached = _get(sum_ptr, offsets, in_range, COMPLEX)
@@ -223,8 +223,8 @@ def carry_kernel(
         doubt = (after[0] - after[0] != 0.0) | (after[1] - after[1] != 0.0)
         if tl.max(doubt.to(tl.int32), 0) > 0:
             walked = _walk(
-                state, a_ptr, x_ptr, restart_ptr, tl.program_id(0) * 0 + k * span, span, length, a_stride_t, x_stride_t, in_range,
-                ACC, COMPLEX, ADJOINT, DESCENDING, RESTARTS,
+                state, a_ptr, x_ptr, restart_ptr, tl.program_id(0) * 0 + k * span, span, length, a_stride_t, x_stride_t,
+                in_range, ACC, COMPLEX, ADJOINT, DESCENDING, RESTARTS,
             )  # fmt: skip
             after = _where(doubt, walked, after)
         state = after
@@ -259,7 +259,7 @@ def forward_kernel(
             inside = (step + i < span) & (first + step + i < length)
             a = _row(a_ptr, t, a_stride_t, in_range & inside, ACC, COMPLEX)
             x = _row(x_ptr, t, x_stride_t, in_range & inside, ACC, COMPLEX)
-            rows = rows + ((a, x, _flag(restart_ptr, t, inside, RESTARTS)),)
+            rows += ((a, x, _flag(restart_ptr, t, inside, RESTARTS)),)
         for i in tl.static_range(ROWS):
             a, x, restart = rows[i]
             t = _token(first + step + i, length, DESCENDING)
@@ -277,7 +277,7 @@ def adjoint_kernel(
     FLOAT64: tl.constexpr, COMPLEX: tl.constexpr, DESCENDING: tl.constexpr, STARTED: tl.constexpr,
     RESTARTS: tl.constexpr, NEED_A: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of the multipliers and inputs of one part, and behind the last part that of the initial state."""
+    """Write the gradients of multipliers and inputs of one part, and behind the last that of the initial state."""
     ACC: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     COMPONENTS: tl.constexpr = 2 if COMPLEX else 1
     BEFORE: tl.constexpr = -1 if DESCENDING else 1
@@ -305,7 +305,7 @@ def adjoint_kernel(
             if NEED_A:
                 earlier = inside & (first + step + i + 1 < length)
                 h = _row(h_ptr + own + columns * COMPONENTS, t + BEFORE, stride, in_range & earlier, ACC, COMPLEX)
-            rows = rows + ((a, x, h, _flag(restart_ptr, t, inside, RESTARTS)),)
+            rows += ((a, x, h, _flag(restart_ptr, t, inside, RESTARTS)),)
         for i in tl.static_range(ROWS):
             a, x, h, restart = rows[i]
             t = _token(first + step + i, length, DESCENDING)
