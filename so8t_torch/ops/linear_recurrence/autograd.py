@@ -120,7 +120,7 @@ def _gradient_backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ..
         grad, grad_final, a, h, initial = full
         return eager.gradient(grad, grad_final, a, h, initial, restart, ctx.reverse)  # type: ignore[arg-type]
 
-    _, pull = torch.func.vjp(plain, *(given[place] for place in places))
+    pull = torch.func.vjp(plain, *(given[place] for place in places))[1]
     found: list[Tensor | None] = [None] * len(given)
     for place, x in zip(places, pull(directions), strict=True):
         found[place] = x

@@ -191,13 +191,14 @@ def _scan(
     blocks, steps = _cut(b.shape[1], most)
     whole, rest = _parts_of(b.shape[1], blocks * steps, descending)
     if blocks:
-        cut = [None if x is None else x[:, whole].unflatten(1, (blocks, steps)) for x in (a, b, restart, out)]
-        state = _scan_blocks(*cut, state, descending)  # type: ignore[arg-type]
+        cut_a, cut_b, cut_out = (x[:, whole].unflatten(1, (blocks, steps)) for x in (a, b, out))
+        cuts = None if restart is None else restart[:, whole].unflatten(1, (blocks, steps))
+        state = _scan_blocks(cut_a, cut_b, state, cuts, cut_out, descending)
     flags = None if restart is None else restart[:, rest]
     return _walk(a[:, rest], b[:, rest], state, flags, out[:, rest], descending)
 
 
-def _scan_blocks(a: Tensor, b: Tensor, restart: Tensor | None, out: Tensor, state: Tensor, descending: bool) -> Tensor:
+def _scan_blocks(a: Tensor, b: Tensor, state: Tensor, restart: Tensor | None, out: Tensor, descending: bool) -> Tensor:
     """Write every state of blocks (N, n, L, C) into out, all blocks side by side, and return the last one."""
     enter = _entering(a, b, state, restart, descending)
     targets = _ordered(out.unbind(2), descending)
@@ -241,14 +242,15 @@ def _carry_beyond_overflow(
     descending: bool,
 ) -> None:
     """Carry again, and walk through the tokens of a block wherever its product does not give a number."""
-    rows = zip(*(_ordered(x.unbind(1), descending) for x in (a, b)), strict=True)
-    flags = [None] * len(places) if restart is None else _ordered(restart.unbind(1), descending)
-    for (total, product), row, dropped, source, target in zip(pairs, rows, flags, places, places[1:], strict=False):
+    numbers = _ordered(list(range(len(places))), descending)
+    for (total, product), block, source, target in zip(pairs, numbers, places, places[1:], strict=False):
         found = torch.addcmul(total, product, source)
         known = found.isfinite()
         if not known.all():
-            states = torch.empty_like(row[1], memory_format=torch.contiguous_format)
-            found = torch.where(known, found, _walk(*row, source, dropped, states, descending))
+            dropped = None if restart is None else restart[:, block]
+            states = torch.empty_like(b[:, block], memory_format=torch.contiguous_format)
+            walked = _walk(a[:, block], b[:, block], source, dropped, states, descending)
+            found = torch.where(known, found, walked)
         target.copy_(found)
 
 

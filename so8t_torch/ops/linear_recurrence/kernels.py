@@ -9,8 +9,8 @@ h ← S + A h, and walks through a part where that gives no number; then all par
 Nothing else multiplies multipliers, so that every state is the loop's. Complex numbers are neighbouring real pairs.
 """
 
-# Triton reads a kernel's annotations itself: only ``tl.constexpr`` may stand there.
-# mypy: disable-error-code="no-untyped-def"
+# Triton reads a kernel's annotations itself: only ``tl.constexpr`` may stand there; tuples of rows grow as they unroll.
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 
 from __future__ import annotations
 
