@@ -20,6 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from so8t_torch.core.pages import allocate
+
 Items = TypeVar("Items", list, tuple)
 TILE_ELEMENTS = 1 << 15
 """States that take one step together: 128 KB in float32, small enough for a core's second-level cache."""
@@ -86,7 +88,7 @@ def recurrence_blocked(
 ) -> tuple[Tensor, Tensor]:
     """Return h (N, T, C) and the last state (N, C), many blocks of tokens at a time."""
     kind = accumulation(b.dtype)
-    h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    h = allocate(tuple(b.shape), b.dtype)
     final = b.new_empty((b.shape[0], b.shape[2]), dtype=b.dtype if initial is None else initial.dtype)
     plan = Plan.of(b)
     for n in plan.groups():
@@ -110,9 +112,9 @@ def gradient_blocked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of a (nothing without h), b and initial, many blocks of tokens at a time."""
     kind = accumulation(grad.dtype)
-    da = a.new_empty(0 if h is None else a.shape)
-    db = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    dinitial = torch.empty(grad_final.shape, dtype=grad_final.dtype, device=grad.device)
+    da = allocate((0,) if h is None else tuple(a.shape), a.dtype)
+    db = allocate(tuple(grad.shape), grad.dtype)
+    dinitial = torch.empty(grad_final.shape, dtype=grad_final.dtype)
     plan = Plan.of(grad)
     for n in plan.groups():
         passed = grad_final[n].to(kind)
