@@ -1,9 +1,9 @@
 """Claim: h_t = a_t h_{t−1} + b_t on a CPU is faster than every scan that PyTorch offers, and its cost per token flat.
 
-The shape is (1, 4096, 512), float32. Rivals: PyTorch's own ``associative_scan``; the two sweeps over a binary tree
-of ``accelerated_scan.ref``, in its layout (B, C, T), written here; Heinsen's two cumulative sums of logarithms (complex,
-because inputs have signs); and ``jax.lax.scan``, compiled, where JAX is installed: the goal is at most twice its
-time. Flat means that 65,536 tokens in one call cost at most 1.2 times what 64 calls of 1,024 tokens do. The peaks of
+The shape is (1, 4096, 512), float32. Rivals: the ``associative_scan`` of PyTorch; the two sweeps over a binary tree of
+``accelerated_scan.ref``, in its layout (B, C, T), written here; the two cumulative sums of logarithms of Heinsen
+(complex, because inputs have signs); and ``jax.lax.scan``, compiled, where JAX is installed: the goal is at most twice
+its time. Flat means that 65,536 tokens in one call cost at most 1.2 times what 64 calls of 1,024 tokens do. Peaks of
 PyTorch's allocator are printed below the times.
 
 Run: python -m benchmarks.linear_recurrence
