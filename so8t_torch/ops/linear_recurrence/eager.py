@@ -212,16 +212,11 @@ def _scan_blocks(a: Tensor, b: Tensor, state: Tensor, restart: Tensor | None, ou
 def _entering(a: Tensor, b: Tensor, state: Tensor, restart: Tensor | None, descending: bool) -> Tensor:
     """Return the states (N, n, C) that enter the blocks."""
     (first_a, first_b, _), *others = _rows(a, b, restart, 2, descending)
-    sums = first_b.clone(memory_format=torch.contiguous_format)
+    sums, products = (x.clone(memory_format=torch.contiguous_format) for x in (first_b, first_a))
     for row in others:
         _advance(sums, *row, out=sums)
-    if a.stride(3) == 1:
-        products = a.prod(2)
-    else:
-        # a reduction over expanded multipliers takes ten times as long
-        products = first_a.clone(memory_format=torch.contiguous_format)
-        for multiplier, *_ in others:
-            products.mul_(multiplier)
+        # right after its first use, where it is still in cache
+        products.mul_(row[0])
     if restart is not None:
         products.masked_fill_(restart.any(2)[..., None], 0.0)
     enter = torch.empty_like(sums)
