@@ -1,0 +1,77 @@
+"""Registration of the ratios and of the linear scan with ``torch.library``: one node each for ``torch.compile``.
+
+The derivative of either is a linear scan against the sweep and products of what was saved, so both are
+differentiable to any order: β and the ratios are saved, or the multipliers and the result. Forward-mode derivatives do
+not pass through a registered operation; the public functions take the plain form there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from so8t_torch.ops.tridiagonal import eager
+
+
+def _ratios(d: Tensor, beta: Tensor, reverse: Sequence[bool], backend: str) -> Tensor:  # noqa: ARG001
+    return eager.ratios_blocked(d, beta, reverse)
+
+
+def _linear_scan(m: Tensor, s: Tensor, reverse: Sequence[bool], backend: str) -> Tensor:  # noqa: ARG001
+    return eager.linear_scan_blocked(m, s, reverse)
+
+
+ratios = torch.library.custom_op(
+    "so8t::tridiagonal_ratios",
+    _ratios,
+    mutates_args=(),
+    schema="(Tensor d, Tensor beta, bool[] reverse, str backend) -> Tensor",
+)
+linear_scan = torch.library.custom_op(
+    "so8t::tridiagonal_linear_scan",
+    _linear_scan,
+    mutates_args=(),
+    schema="(Tensor m, Tensor s, bool[] reverse, str backend) -> Tensor",
+)
+
+
+@ratios.register_fake
+def _(d: Tensor, _beta: Tensor, reverse: Sequence[bool], _backend: str) -> Tensor:
+    return d.new_empty((len(reverse), *d.shape))
+
+
+@linear_scan.register_fake
+def _(_m: Tensor, s: Tensor, _reverse: Sequence[bool], _backend: str) -> Tensor:
+    return s.new_empty(s.shape)
+
+
+def _save_ratios(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, beta, ctx.reverse, ctx.backend = inputs
+    ctx.save_for_backward(beta, output)
+
+
+def _ratios_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    beta, ratio = ctx.saved_tensors
+    multiplier = eager.onward(beta, ratio, ctx.reverse).conj().resolve_conj()
+    adjoint = linear_scan(multiplier, grad, [not backwards for backwards in ctx.reverse], ctx.backend)
+    return adjoint.sum(0), eager.coupling_gradient(adjoint, ratio, ctx.reverse), None, None
+
+
+def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    m, _, ctx.reverse, ctx.backend = inputs
+    ctx.save_for_backward(m, output)
+
+
+def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    m, x = ctx.saved_tensors
+    against = [not backwards for backwards in ctx.reverse]
+    multiplier = eager.shifted(m, against).conj().resolve_conj()
+    source = linear_scan(multiplier, grad, against, ctx.backend)
+    return source * eager.shifted(x, ctx.reverse).conj(), source, None, None
+
+
+ratios.register_autograd(_ratios_backward, setup_context=_save_ratios)
+linear_scan.register_autograd(_scan_backward, setup_context=_save_scan)
