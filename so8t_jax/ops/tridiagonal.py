@@ -1,4 +1,4 @@
-"""The resolvent of a tridiagonal matrix along a chain: its diagonal, its causal part, neighbours, determinant (BK-core).
+"""The resolvent of a tridiagonal matrix along a chain: diagonal, causal part, neighbours, determinant (BK-core).
 
     G = (H − z)⁻¹,  H_ii = h_i, H_{i,i+1} = b_i, H_{i+1,i} = c_i        d_i = h_i − z,  β_i = b_i c_i
     L_i = d_i − β_{i−1}/L_{i−1}    R_i = d_i − β_i/R_{i+1}              (L_0 = d_0, R_{N−1} = d_{N−1})
@@ -160,7 +160,7 @@ def advance(
         g, _ = step(g, *now)
         return g, g
 
-    last, g = jax.lax.scan(site, state, (d, beta.astype(d.dtype)))
+    last, g = jax.lax.scan(site, state, (d, beta))
     return g, last
 
 
@@ -175,7 +175,7 @@ def step(
         beta_t: coupling of this site to the one before; 0 starts a segment.
     """
     before = jnp.where((beta_t != 0) | jnp.isfinite(state), state, 0.0)
-    g = 1.0 / (d_t - beta_t * before)
+    g = 1.0 / (d_t - beta_t.astype(d_t.dtype) * before)
     return g, g
 
 
@@ -185,8 +185,8 @@ def _operator(
     """Return d = h − z and the couplings, complex, without those between segments."""
     if diagonal.shape[0] == 0:
         raise ValueError("expected a chain of at least one site, got none")
-    dtype = jnp.result_type(diagonal, upper, lower, z, jnp.complex64)
-    d = diagonal.astype(dtype) - z
+    dtype = jnp.complex128 if diagonal.dtype in (jnp.float64, jnp.complex128) else jnp.complex64
+    d = diagonal.astype(dtype) - z.astype(dtype)
     if require_dissipation:
         d = jnp.where((jnp.imag(diagonal) > 0) | (jnp.imag(z) <= 0), jnp.nan, d)
     joined = _joined(d, segment_ids)

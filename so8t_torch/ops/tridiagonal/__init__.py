@@ -1,4 +1,4 @@
-"""The resolvent of a tridiagonal matrix along a chain: its diagonal, its causal part, neighbours, determinant (BK-core).
+"""The resolvent of a tridiagonal matrix along a chain: diagonal, causal part, neighbours, determinant (BK-core).
 
     G = (H − z)⁻¹,  H_ii = h_i, H_{i,i+1} = b_i, H_{i+1,i} = c_i        d_i = h_i − z,  β_i = b_i c_i
     L_i = d_i − β_{i−1}/L_{i−1}    R_i = d_i − β_i/R_{i+1}              (L_0 = d_0, R_{N−1} = d_{N−1})
@@ -44,7 +44,7 @@ def ratios(
     *,
     require_dissipation: bool = True,
     backend: str = "auto",
-) -> tuple[Complex[Tensor, "..."], Complex[Tensor, "..."]]:
+) -> tuple[Complex[Tensor, "... n"], Complex[Tensor, "... n"]]:
     """Return the left and the right ratios L, R of leading and trailing minors.
 
     Args:
@@ -81,7 +81,7 @@ def green(
     mode: Literal["causal", "full"] = "causal",
     require_dissipation: bool = True,
     backend: str = "auto",
-) -> Complex[Tensor, "..."]:
+) -> Complex[Tensor, "... n"]:
     """Return the diagonal of the resolvent, or its causal part, which depends on sites 0 … i alone.
 
     Args:
@@ -118,7 +118,7 @@ def log_det(
     *,
     require_dissipation: bool = True,
     backend: str = "auto",
-) -> Complex[Tensor, "..."]:
+) -> Complex[Tensor, "*chains"]:
     """Return log det(H − z) as the sum of the principal logarithms of L_i; exp of it is the determinant.
 
     Args:
@@ -147,7 +147,7 @@ def off_diagonals(
     *,
     require_dissipation: bool = True,
     backend: str = "auto",
-) -> tuple[Complex[Tensor, "..."], Complex[Tensor, "..."]]:
+) -> tuple[Complex[Tensor, "... n-1"], Complex[Tensor, "... n-1"]]:
     """Return G_{i,i+1} and G_{i+1,i} of the resolvent (…, N−1); zero between segments.
 
     Args:

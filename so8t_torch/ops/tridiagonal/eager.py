@@ -1,12 +1,12 @@
 """Ratios of minors and linear scans along chains in PyTorch: plain, and in blocks that run side by side.
 
-    x_i = d_i − β/x_before      [u, v] ← [d u − β v, u],  x = u/v      (a product of 2×2 matrices carries x through a block)
-    x_i = s_i + m_i x_before                                           (the adjoint)
+    x_i = d_i − β/x_before    [u, v] ← [d u − β v, u],  x = u/v    (a product of 2×2 matrices carries x through a block)
+    x_i = s_i + m_i x_before                                       (the adjoint)
 
 A chain of N sites is cut into blocks of about √(N/2). First every block reduces its 2×2 matrices to one, divided by its
-largest entry at each factor, which leaves u/v alone and cannot overflow; then the products of all blocks before each
-one are formed by doubling; then every block runs the recurrence from the x that enters it. All steps are elementwise
-over the blocks, so a site depends on the sites before it in the sweep and on nothing else, bit for bit.
+largest entry at every second factor, which leaves u/v alone and keeps it in range; then the products of all blocks
+before each one are formed by doubling; then every block runs the recurrence from the x that enters it. All steps are
+elementwise over the blocks, so a site depends on the sites before it in the sweep and on nothing else, bit for bit.
 Where β = 0 (m = 0) a sweep starts afresh, whatever stands beyond: what precedes the last such place of a block never
 enters that block's product.
 """
@@ -22,6 +22,8 @@ from torch.nn.functional import pad
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
 """Sites per block: below, starting a block costs more than its sites; above, blocks are plenty anyway."""
+FACTORS = 2
+"""Factors of a product between two divisions; two numbers up to 10¹⁸ do not overflow float32."""
 
 
 def divisor(ratio: Tensor, beta: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def onward(beta: Tensor, ratio: Tensor, reverse: Sequence[bool]) -> Tensor:
 
 
 def coupling_gradient(adjoint: Tensor, ratio: Tensor, reverse: Sequence[bool]) -> Tensor:
-    """Return the gradient (B, N) of β, 0 for its last entry: −x̄_{i+1}/x_i of a sweep forward, −x̄_i/x_{i+1} of one back."""
+    """Return the gradient (B, N) of β, its last entry 0: −x̄_{i+1}/x_i of a sweep forward, −x̄_i/x_{i+1} of one back."""
     inverse = ratio.conj().reciprocal()
     parts = [
         x[..., :-1] * y[..., 1:] if backwards else x[..., 1:] * y[..., :-1]
@@ -159,18 +161,18 @@ def _block_products(d: Tensor, beta: Tensor, cut: Tensor) -> tuple[Tensor, Tenso
     d, minus_beta = torch.where(hidden, 1.0, d), torch.where(hidden, 0.0, -beta)
     product = d.new_zeros((2, 2, *d.shape[1:]))
     product[0, 0] = product[1, 1] = 1.0
-    for d_k, minus_beta_k in zip(d, minus_beta, strict=True):
+    for k, (d_k, minus_beta_k) in enumerate(zip(d, minus_beta, strict=True), start=1):
         u, v = product
-        product = _normalised(torch.stack([torch.addcmul(d_k * u, minus_beta_k, v), u]))
+        product = torch.stack([torch.addcmul(d_k * u, minus_beta_k, v), u])
+        if k % FACTORS == 0:
+            product = _normalised(product)
     return product, forgets
 
 
 def _normalised(product: Tensor) -> Tensor:
-    """Return (2, 2, …) divided in place by its largest real or imaginary part."""
-    parts = torch.view_as_real(product)
-    largest = parts.abs().amax((0, 1)).amax(-1, keepdim=True)
-    parts.div_(largest)
-    return product
+    """Return (2, 2, …) divided by its largest real or imaginary part."""
+    largest = torch.view_as_real(product).abs().amax((0, 1)).amax(-1)
+    return product * largest.reciprocal()
 
 
 def _entering(product: Tensor, forgets: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def _entering(product: Tensor, forgets: Tensor) -> Tensor:
 
 
 def _block_sums(m: Tensor, s: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A and x (S, B, blocks) such that a block sends what enters it, X, to A X + x; and which blocks forget X."""
+    """Return A and x (S, B, blocks), such that a block sends X to A X + x, and which blocks forget X."""
     hidden, forgets = _before_last_cut(cut)
     m, s = torch.where(hidden, 0.0, m), torch.where(hidden, 0.0, s)
     factor, x = m[0], s[0]
