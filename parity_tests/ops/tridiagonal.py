@@ -153,7 +153,7 @@ STREAM_REJECTIONS = (
     Rejection("no_beta", lambda: (torch.tensor(0j), torch.ones(3) * 1j, torch.ones(2)), ShapeError, "expected a state"),
 )
 
-# Eps of the largest entry of a chain. Where random signs bring a minor near zero, the gradient carries 1/L² of the error.
+# Eps of the largest entry of a chain. Where random signs bring a minor near zero, errors grow like 1/L².
 BUDGET = Budget(forward=32.0, gradient=256.0)
 CARRY = Carry(
     split=lambda example: (

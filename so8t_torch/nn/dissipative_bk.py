@@ -3,8 +3,8 @@
     v, Γ, Γ^mem = affine in x_t,  the rates through γ + softplus(·)      V_t = v_t − iΓ_t
     H = V + hopping b between neighbours      y_t = [Re g_t, Im g_t],  g = causal or full diagonal of (H − z)⁻¹
 
-Symbols: x activations (B, N, D); K channels, each a chain of its own over the tokens; v potentials and Γ ≥ γ decay rates
-(B, N, K); Γ^mem decay rates (B, N, M) per unit of time for M heads of a memory; γ the floors; z (K,) in the upper
+Symbols: x activations (B, N, D); K channels, each a chain of its own over the tokens; v potentials and Γ ≥ γ decay
+rates (B, N, K); Γ^mem decay rates (B, N, M) per unit of time for M heads of a memory; γ the floors; z (K,) in the upper
 half-plane, Im z = 0.01 + softplus(·). A state ψ under i dψ/dt = Hψ loses d‖ψ‖²/dt = −2 ψ†Γψ: the rates enter the
 resolvent, and a token with a large rate hides what came before it.
 The couplings do not know positions, so chains have any length. Computed in float32 (float64 for float64), also under
@@ -87,7 +87,7 @@ class NonHermitianPotential(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ConfigError: a width below 1, a rate or dt that is not positive, or a floor above an initial rate.
+        ConfigError: a width below 1, a rate or dt that is not positive, or a floor above a rate of the start.
     """
 
     memory_bias: nn.Parameter | None
@@ -107,11 +107,7 @@ class NonHermitianPotential(nn.Module):
     ) -> None:
         super().__init__()
         _check_widths("NonHermitianPotential", d_model, channels, memory_heads)
-        if not (0 < base_decay < INITIAL_DECAY and 0 < memory_base_decay < math.log(2) / (HALF_LIVES[1] * dt)):
-            raise ConfigError(
-                f"NonHermitianPotential: expected 0 < base_decay < {INITIAL_DECAY:g}, dt > 0 and 0 < memory_base_decay < "
-                f"ln 2/({HALF_LIVES[1]:g} dt), got {base_decay!r}, {dt!r} and {memory_base_decay!r}."
-            )
+        _check_rates(base_decay, memory_base_decay, dt, adaptive_decay)
         self.channels, self.memory_heads, self.adaptive_decay = channels, memory_heads, adaptive_decay
         self.base_decay, self.memory_base_decay, self.dt = base_decay, memory_base_decay, dt
         width = 2 * channels + memory_heads if adaptive_decay else channels
@@ -122,14 +118,15 @@ class NonHermitianPotential(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weights of v to N(0, 1/D), those of the rates to a tenth of that, and biases to v = 0 and Γ as said."""
+        """Set the weights of v to N(0, 1/D), those of the rates to a tenth of that, and the biases to v = 0 and Γ."""
         rates = torch.tensor([_softplus_inverse(rate - self.memory_base_decay) for rate in self._initial_rates()])
         weight, bias, split = self.projection.weight, self.projection.bias, self.channels
         with torch.no_grad():
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
             weight[split:] *= 0.1
-            bias[:split] = 0.0
-            bias[split : 2 * split] = _softplus_inverse(INITIAL_DECAY - self.base_decay)
+            bias.zero_()
+            if self.adaptive_decay:
+                bias[split : 2 * split] = _softplus_inverse(INITIAL_DECAY - self.base_decay)
             (bias[2 * split :] if self.memory_bias is None else self.memory_bias).copy_(rates)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Potential:
@@ -256,7 +253,7 @@ class DissipativeBKLayer(nn.Module):
             ConfigError: a state in mode ``"full"``, where the past cannot be summed up.
         """
         potential = self.potential(x)
-        energies = potential.values if self.include_gamma_in_h else potential.v.to(potential.v.dtype.to_complex())
+        energies = torch.complex(potential.v, -potential.gamma * self.include_gamma_in_h)
         d = (energies - self.z().to(energies.dtype)).mT
         beta = self._couplings(x, d, segment_ids)
         if self.mode == "full":
@@ -317,7 +314,7 @@ def decay_statistics(potential: Potential, *, dt: float = 1.0) -> dict[str, Tens
         are any, under ``memory_``, without the ratio.
     """
     found = {f"gamma_{name}": value for name, value in _statistics(potential.gamma, dt).items()}
-    found["energy_ratio"] = potential.gamma.mean() / potential.v.abs().mean()
+    found["energy_ratio"] = (potential.gamma.mean() / potential.v.abs().mean()).detach()
     if potential.memory_gamma.shape[-1]:
         found |= {f"memory_gamma_{name}": value for name, value in _statistics(potential.memory_gamma, dt).items()}
     return found
@@ -345,6 +342,17 @@ def _check_widths(name: str, d_model: int, channels: int, memory_heads: int) -> 
         raise ConfigError(
             f"{name}: expected d_model and channels of at least 1 and memory_heads of at least 0, got {d_model}, "
             f"{channels} and {memory_heads}."
+        )
+
+
+def _check_rates(base_decay: float, memory_base_decay: float, dt: float, adaptive: bool) -> None:
+    """Raise unless rates and dt are positive, and the floors below the rates of the start."""
+    sound = base_decay > 0 and memory_base_decay > 0 and dt > 0 and (base_decay < INITIAL_DECAY or not adaptive)
+    if not (sound and memory_base_decay * HALF_LIVES[1] * dt < math.log(2)):
+        raise ConfigError(
+            f"NonHermitianPotential: expected base_decay in (0, {INITIAL_DECAY:g}) (or above, without adaptive_decay), "
+            f"dt > 0 and memory_base_decay in (0, ln 2/({HALF_LIVES[1]:g} dt)), got {base_decay!r}, {dt!r} and "
+            f"{memory_base_decay!r}."
         )
 
 

@@ -31,7 +31,7 @@ from so8t_torch.ops.tridiagonal import autograd, eager
 
 __all__ = ["advance", "green", "log_det", "off_diagonals", "ratios", "step"]
 
-REAL = (torch.float32, torch.float64)
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 LEFT, BOTH = (False,), (False, True)
 
 
@@ -257,7 +257,7 @@ def _chain(
     """Return the checked operator with every batch axis written out and no coupling between segments."""
     batch = _check_shapes(op, diagonal, upper, lower, z, segment_ids)
     _check_kinds(op, (diagonal, upper, lower, z), segment_ids)
-    dtype = diagonal.dtype.to_complex()
+    dtype = COMPLEX.get(diagonal.dtype, diagonal.dtype)
     upper, lower = upper.to(dtype), lower.to(dtype)
     if segment_ids is not None:
         joined = _joined(segment_ids)
@@ -347,8 +347,8 @@ def _check_shapes(
 
 def _check_kinds(op: str, numbers: tuple[Tensor, ...], segment_ids: Tensor | None) -> None:
     """Raise unless all numbers have one precision, float32 or float64, and everything is on one device."""
-    kinds = {x.dtype.to_real() if x.is_complex() else x.dtype for x in numbers}
-    if len(kinds) > 1 or not kinds <= set(REAL):
+    kinds = {COMPLEX.get(x.dtype, x.dtype) for x in numbers}
+    if len(kinds) > 1 or not kinds <= set(COMPLEX.values()):
         raise DomainError(
             f"tridiagonal.{op}: expected real or complex numbers of one precision, float32 or float64, got "
             f"{', '.join(str(x.dtype) for x in numbers)}; convert them (half precision to float32)."

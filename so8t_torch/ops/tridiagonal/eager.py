@@ -4,9 +4,11 @@
     x_i = s_i + m_i x_before                                       (the adjoint)
 
 A chain of N sites is cut into blocks of about √(N/2). First every block reduces its 2×2 matrices to one, divided by its
-largest entry at every second factor, which leaves u/v alone and keeps it in range; then the products of all blocks
+largest entry now and then, which leaves u/v alone and keeps it in range; then the products of all blocks
 before each one are formed by doubling; then every block runs the recurrence from the x that enters it. All steps are
 elementwise over the blocks, so a site depends on the sites before it in the sweep and on nothing else, bit for bit.
+What blocks hand on is computed in double precision, whose range no product of eight sites leaves; the recurrence inside
+a block, which forgets what entered, in the precision of its input.
 Where β = 0 (m = 0) a sweep starts afresh, whatever stands beyond: what precedes the last such place of a block never
 enters that block's product.
 """
@@ -22,8 +24,8 @@ from torch.nn.functional import pad
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
 """Sites per block: below, starting a block costs more than its sites; above, blocks are plenty anyway."""
-FACTORS = 2
-"""Factors of a product between two divisions; two numbers up to 10¹⁸ do not overflow float32."""
+FACTORS = 8
+"""Factors of a product between two divisions: eight numbers of float32, any at all, have a product in float64."""
 
 
 def divisor(ratio: Tensor, beta: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def ratios_blocked(d: Tensor, beta: Tensor, reverse: Sequence[bool]) -> Tensor:
     beta = _blocks(torch.stack(before), size, fill=0.0)
     beta[0, :, :, 0] = 0.0
     cut = beta == 0
-    x = _entering(*_block_products(d, beta, cut))
+    x = _entering(*_block_products(d, beta, cut)).to(d.dtype)
     found = torch.empty_like(d)
     for k in range(size):
         quotient = torch.div(beta[k], x).masked_fill_(cut[k], 0.0)
@@ -108,7 +110,7 @@ def linear_scan_blocked(m: Tensor, s: Tensor, reverse: Sequence[bool]) -> Tensor
     )
     m[0, :, :, 0] = 0.0
     cut = m == 0
-    x = _arriving(*_block_sums(m, s, cut))
+    x = _arriving(*_block_sums(m, s, cut)).to(s.dtype)
     found = torch.empty_like(s)
     for k in range(size):
         x = torch.add(s[k], torch.mul(m[k], x).masked_fill_(cut[k], 0.0), out=found[k])
@@ -158,15 +160,16 @@ def _block_products(d: Tensor, beta: Tensor, cut: Tensor) -> tuple[Tensor, Tenso
     The first index is the row: u above v.
     """
     hidden, forgets = _before_last_cut(cut)
-    d, minus_beta = torch.where(hidden, 1.0, d), torch.where(hidden, 0.0, -beta)
-    product = d.new_zeros((2, 2, *d.shape[1:]))
-    product[0, 0] = product[1, 1] = 1.0
+    d = torch.where(hidden, 1.0, d).to(torch.complex128)
+    minus_beta = torch.where(hidden, 0.0, -beta).to(torch.complex128)
+    u, v = torch.eye(2, dtype=d.dtype, device=d.device).view(2, 2, 1, 1, 1).repeat(1, 1, *d.shape[1:])
+    spare = torch.empty_like(u)
     for k, (d_k, minus_beta_k) in enumerate(zip(d, minus_beta, strict=True), start=1):
-        u, v = product
-        product = torch.stack([torch.addcmul(d_k * u, minus_beta_k, v), u])
+        torch.mul(d_k, u, out=spare).addcmul_(minus_beta_k, v)
+        u, v, spare = spare, u, v
         if k % FACTORS == 0:
-            product = _normalised(product)
-    return product, forgets
+            u, v = _normalised(torch.stack([u, v]))
+    return torch.stack([u, v]), forgets
 
 
 def _normalised(product: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ def _entering(product: Tensor, forgets: Tensor) -> Tensor:
 def _block_sums(m: Tensor, s: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return A and x (S, B, blocks), such that a block sends X to A X + x, and which blocks forget X."""
     hidden, forgets = _before_last_cut(cut)
-    m, s = torch.where(hidden, 0.0, m), torch.where(hidden, 0.0, s)
+    m, s = (torch.where(hidden, 0.0, x).to(torch.complex128) for x in (m, s))
     factor, x = m[0], s[0]
     for m_k, s_k in zip(m[1:], s[1:], strict=True):
         factor, x = m_k * factor, torch.addcmul(s_k, m_k, x)
