@@ -86,7 +86,7 @@ def ward_law(f: Any, example: Example) -> np.ndarray:
     return (np.asarray(f(*example)).imag - lost) / np.abs(lost).max()
 
 
-def trace_law(f: Any, example: Example) -> np.ndarray:
+def shift_law(f: Any, example: Example) -> np.ndarray:
     """Moving the diagonal by a number moves −z by it: both leave the resolvent alone."""
     diagonal, upper, lower, z, *rest = example
     before, after = np.asarray(f(*example)), np.asarray(f(diagonal + 0.25, upper, lower, z + 0.25, *rest))
@@ -98,6 +98,30 @@ def gauge_law(f: Any, example: Example) -> np.ndarray:
     diagonal, upper, lower, *rest = example
     before, after = np.asarray(f(*example)), np.asarray(f(diagonal, 2.0 * upper, 0.5 * lower, *rest))
     return (after - before) / np.abs(before).max()
+
+
+def causal_law(f: Any, example: Example) -> np.ndarray:
+    """Edits of later sites, finite or not, change no bit of an earlier one."""
+    diagonal, upper, lower, *rest = example
+    half = len(diagonal) // 2
+    before = np.asarray(f(*example))[:half]
+    differences = []
+    for value in (7.0, np.nan):
+        edited, couplings = diagonal.copy(), upper.copy()
+        edited[half:], couplings[half - 1 :] = value, 3.0
+        differences.append(np.asarray(f(edited, couplings, lower, *rest))[:half] - before)
+    return np.concatenate(differences)
+
+
+def segment_law(f: Any, example: Example) -> np.ndarray:
+    """A segment keeps every bit when another one is not a number."""
+    diagonal, upper, lower, z = example[:4]
+    half = len(diagonal) // 2
+    ids = (np.arange(len(diagonal)) < half).astype(np.int64)
+    lost = diagonal.copy()
+    lost[:half] = np.nan
+    before, after = (np.asarray(f(h, upper, lower, z, ids))[half:] for h in (diagonal, lost))
+    return after - before
 
 
 def determinant_law(f: Any, example: Example) -> np.ndarray:
@@ -184,14 +208,20 @@ def pair(name: str, oracle: Any, *, inputs: Any = CHAINS, laws: tuple[Law, ...] 
     )
 
 
+GREEN_LAWS = (
+    Law("shift", shift_law, 256.0),
+    Law("gauge", gauge_law, 0.0),
+    Law("causal", causal_law, 0.0),
+    Law("segment", segment_law, 0.0),
+)
+
 PAIRS: tuple[OpPair, ...] = (
-    pair(
-        "green", dense_green, laws=(Law("shift", trace_law, 256.0), Law("gauge", gauge_law, 0.0)), rejections=REJECTIONS
-    ),
+    pair("green", dense_green, laws=GREEN_LAWS, rejections=REJECTIONS),
     pair(
         "green:full",
         dense_green,
         keywords={"mode": "full"},
+        laws=(Law("segment", segment_law, 0.0),),
         rejections=(Rejection("unknown_mode", chain, ConfigError, "'causal' or 'full'", {"mode": "both"}),),
     ),
     pair(
