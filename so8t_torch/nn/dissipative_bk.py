@@ -15,7 +15,7 @@ Operation: so8t_torch/ops/tridiagonal. Derivation: docs/math/tridiagonal.md.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -210,10 +210,10 @@ class DissipativeBKLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if mode not in ("causal", "full"):
             raise ConfigError(f"DissipativeBKLayer: expected mode 'causal' or 'full', got {mode!r}.")
-        options = {"device": device, "dtype": dtype}
+        super().__init__()
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.potential = NonHermitianPotential(
             d_model,
             channels=channels,
@@ -226,13 +226,24 @@ class DissipativeBKLayer(nn.Module):
         )
         self.mode, self.hermitian, self.backend = mode, hermitian, backend
         self.adaptive_hopping, self.include_gamma_in_h = adaptive_hopping, include_gamma_in_h
-        self.hopping = nn.Parameter(torch.full((channels,), _softplus_inverse(0.5), **options))
+        self.hopping, self.z_real, self.z_imaginary = (nn.Parameter(torch.empty(channels, **options)) for _ in range(3))
         if not hermitian:
-            self.backward_hopping = nn.Parameter(torch.full((channels,), 0.5, **options))
+            self.backward_hopping = nn.Parameter(torch.empty(channels, **options))
         if adaptive_hopping:
-            self.hopping_weight = nn.Parameter(torch.randn(channels, d_model, **options) * d_model**-0.5)
-        self.z_real = nn.Parameter(torch.full((channels,), 0.1, **options))
-        self.z_imaginary = nn.Parameter(torch.full((channels,), _softplus_inverse(0.1 - LEAST_IMAGINARY), **options))
+            self.hopping_weight = nn.Parameter(torch.empty(channels, d_model, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set b = c = 0.5 and z = 0.1 + 0.1i, the weights of the hopping to N(0, 0.01/D), and the potential's own."""
+        self.potential.reset_parameters()
+        with torch.no_grad():
+            self.hopping.fill_(_softplus_inverse(0.5))
+            self.z_real.fill_(0.1)
+            self.z_imaginary.fill_(_softplus_inverse(0.1 - LEAST_IMAGINARY))
+            if not self.hermitian:
+                self.backward_hopping.fill_(0.5)
+            if self.adaptive_hopping:
+                nn.init.normal_(self.hopping_weight, std=0.1 * self.hopping_weight.shape[1] ** -0.5)
 
     def forward(
         self,
