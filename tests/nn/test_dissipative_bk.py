@@ -175,6 +175,13 @@ def test_autocast_and_half_weights_keep_the_resolvent_in_single_precision(dtype)
     assert half.state.dtype == torch.complex64
 
 
+def test_the_layer_compiles_to_one_graph():
+    module, x = layer(memory_heads=2), drawn(2, 9, WIDTH)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x).features, module(x).features, rtol=1e-12, atol=1e-13)
+
+
 def test_the_state_dict_survives_a_round_trip():
     module, other = layer(memory_heads=2), layer(memory_heads=2)
     with torch.no_grad():

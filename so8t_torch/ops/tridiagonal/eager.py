@@ -24,13 +24,16 @@ from torch.nn.functional import pad
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
 """Sites per block: below, starting a block costs more than its sites; above, blocks are plenty anyway."""
+WIDE = torch.complex128
+"""In which blocks compute what they hand on."""
 FACTORS = 8
 """Factors of a product between two divisions: eight numbers of float32, any at all, have a product in float64."""
 
 
-def divisor(ratio: Tensor, beta: Tensor) -> Tensor:
-    """Return x where β/x is meant, and 1 where β = 0 stands over no finite number."""
-    return torch.where((beta != 0) | (torch.isfinite(ratio) & (ratio != 0)), ratio, 1.0)
+def inverse(ratio: Tensor, beta: Tensor) -> Tensor:
+    """Return 1/x where β/x is meant, and 0 where β = 0 stands over no number that has an inverse."""
+    found = ratio.reciprocal()
+    return torch.where((beta != 0) | torch.isfinite(found), found, 0.0)
 
 
 def ratios(d: Tensor, beta: Tensor, reverse: Sequence[bool]) -> Tensor:
@@ -54,16 +57,15 @@ def ratios(d: Tensor, beta: Tensor, reverse: Sequence[bool]) -> Tensor:
 def onward(beta: Tensor, ratio: Tensor, reverse: Sequence[bool]) -> Tensor:
     """Return ∂x_next/∂x (S, B, N) of every site's ratio x, by which the adjoint of the next comes back: β/x²."""
     coupling = torch.stack([torch.roll(beta, 1, -1) if backwards else beta for backwards in reverse])
-    x = divisor(ratio, coupling)
-    return coupling / x / x
+    x = inverse(ratio, coupling)
+    return coupling * x * x
 
 
 def coupling_gradient(adjoint: Tensor, ratio: Tensor, reverse: Sequence[bool]) -> Tensor:
     """Return the gradient (B, N) of β, its last entry 0: −x̄_{i+1}/x_i of a sweep forward, −x̄_i/x_{i+1} of one back."""
-    inverse = ratio.conj().reciprocal()
     parts = [
         x[..., :-1] * y[..., 1:] if backwards else x[..., 1:] * y[..., :-1]
-        for x, y, backwards in zip(adjoint, inverse, reverse, strict=True)
+        for x, y, backwards in zip(adjoint, ratio.conj().reciprocal(), reverse, strict=True)
     ]
     return pad(-sum(parts[1:], start=parts[0]), (0, 1))
 
@@ -126,7 +128,7 @@ def block_size(length: int) -> int:
 def _sweep(sites: Sequence[Tensor], couplings: Sequence[Tensor]) -> list[Tensor]:
     found = [sites[0]]
     for d, beta in zip(sites[1:], couplings, strict=True):
-        found.append(d - beta / divisor(found[-1], beta))
+        found.append(d - beta * inverse(found[-1], beta))
     return found
 
 
@@ -160,12 +162,11 @@ def _block_products(d: Tensor, beta: Tensor, cut: Tensor) -> tuple[Tensor, Tenso
     The first index is the row: u above v.
     """
     hidden, forgets = _before_last_cut(cut)
-    d = torch.where(hidden, 1.0, d).to(torch.complex128)
-    minus_beta = torch.where(hidden, 0.0, -beta).to(torch.complex128)
-    u, v = torch.eye(2, dtype=d.dtype, device=d.device).view(2, 2, 1, 1, 1).repeat(1, 1, *d.shape[1:])
+    d, minus_beta = torch.where(hidden, 1.0, d), torch.where(hidden, 0.0, -beta)
+    u, v = torch.eye(2, dtype=WIDE, device=d.device).view(2, 2, 1, 1, 1).repeat(1, 1, *d.shape[1:])
     spare = torch.empty_like(u)
     for k, (d_k, minus_beta_k) in enumerate(zip(d, minus_beta, strict=True), start=1):
-        torch.mul(d_k, u, out=spare).addcmul_(minus_beta_k, v)
+        torch.mul(d_k.to(WIDE), u, out=spare).addcmul_(minus_beta_k.to(WIDE), v)
         u, v, spare = spare, u, v
         if k % FACTORS == 0:
             u, v = _normalised(torch.stack([u, v]))
@@ -196,10 +197,11 @@ def _entering(product: Tensor, forgets: Tensor) -> Tensor:
 def _block_sums(m: Tensor, s: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return A and x (S, B, blocks), such that a block sends X to A X + x, and which blocks forget X."""
     hidden, forgets = _before_last_cut(cut)
-    m, s = (torch.where(hidden, 0.0, x).to(torch.complex128) for x in (m, s))
-    factor, x = m[0], s[0]
+    m, s = torch.where(hidden, 0.0, m), torch.where(hidden, 0.0, s)
+    factor, x = m[0].to(WIDE), s[0].to(WIDE)
     for m_k, s_k in zip(m[1:], s[1:], strict=True):
-        factor, x = m_k * factor, torch.addcmul(s_k, m_k, x)
+        m_k = m_k.to(WIDE)
+        factor, x = m_k * factor, torch.addcmul(s_k.to(WIDE), m_k, x)
     return factor, x, forgets
 
 
