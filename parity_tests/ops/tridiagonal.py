@@ -72,18 +72,20 @@ def dense_step(state: Any, d_t: Any, beta_t: Any) -> tuple[np.ndarray, np.ndarra
 
 
 def herglotz_law(f: Any, example: Example) -> np.ndarray:
-    """Im L and Im R are at most −(Γ + Im z), with equality at their first sites."""
-    rates = example[3].imag - example[0].imag
-    left, right = (np.asarray(side).imag + rates for side in f(*example))
-    ends = np.abs([left[0], right[-1]])
-    return np.concatenate([np.maximum(left, 0.0), np.maximum(right, 0.0), ends]) / rates.max()
+    """Im L and Im R are at most −(Γ + Im z); the first site of each sweep has d itself."""
+    d = example[0] - example[3]
+    left, right = (np.asarray(side) for side in f(*example))
+    above = np.maximum(left.imag - d.imag, 0.0), np.maximum(right.imag - d.imag, 0.0)
+    return np.concatenate([*above, np.abs([left[0] - d[0], right[-1] - d[-1]])]) / np.abs(d).max()
 
 
 def ward_law(f: Any, example: Example) -> np.ndarray:
     """Im G_ii = Σ_j |G_ij|² (Γ_j + Im z): what flows in is what is lost."""
     rates = example[3].imag - example[0].imag
-    lost = (np.abs(np.linalg.inv(operator(*example))) ** 2) @ rates
-    return (np.asarray(f(*example)).imag - lost) / np.abs(lost).max()
+    found, others = np.asarray(f(*example)), np.abs(np.linalg.inv(operator(*example))) ** 2
+    np.fill_diagonal(others, 0.0)
+    lost = others @ rates + np.abs(found) ** 2 * rates
+    return (found.imag - lost) / np.abs(lost).max()
 
 
 def shift_law(f: Any, example: Example) -> np.ndarray:
