@@ -237,7 +237,10 @@ def explain_backend(diagonal: Tensor) -> str:
 
 
 class _Chain(NamedTuple):
-    """What a sweep needs: d, β with a zero at its end, and the couplings that are not cut; complex."""
+    """What a sweep needs: d, β with a zero at its end, and the couplings that are not cut; complex.
+
+    The difference d = h − z is kept in double precision, because its rounding is the largest error near a resonance.
+    """
 
     d: Tensor
     beta: Tensor
@@ -262,7 +265,7 @@ def _chain(
     if segment_ids is not None:
         joined = _joined(segment_ids)
         upper, lower = torch.where(joined, upper, 0.0), torch.where(joined, lower, 0.0)
-    d = (diagonal - z[..., None]).to(dtype)
+    d = diagonal.to(eager.WIDE) - z[..., None]
     if require_dissipation:
         d = _dissipating(op, d, diagonal, z)
     beta = pad(upper * lower, (0, 1))
@@ -280,7 +283,7 @@ def _ratios(chain: _Chain, reverse: tuple[bool, ...], backend: str) -> Tensor:
 
 def _diagonal(chain: _Chain, sides: Tensor) -> Tensor:
     """Return G_ii = 1/(L_i + R_i − d_i)."""
-    return (sides[0] + sides[1] - chain.d).reciprocal()
+    return (sides[0] + sides[1] - chain.d).reciprocal().to(chain.beta.dtype)
 
 
 def _self_energy(state: Tensor, beta: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ linear_scan = torch.library.custom_op(
 
 
 @ratios.register_fake
-def _(d: Tensor, _beta: Tensor, reverse: Sequence[bool], _backend: str) -> Tensor:
-    return d.new_empty((len(reverse), *d.shape))
+def _(_d: Tensor, beta: Tensor, reverse: Sequence[bool], _backend: str) -> Tensor:
+    return beta.new_empty((len(reverse), *beta.shape))
 
 
 @linear_scan.register_fake
@@ -49,7 +49,8 @@ def _(_m: Tensor, s: Tensor, _reverse: Sequence[bool], _backend: str) -> Tensor:
 
 
 def _save_ratios(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, beta, ctx.reverse, ctx.backend = inputs
+    d, beta, ctx.reverse, ctx.backend = inputs
+    ctx.dtype = d.dtype
     ctx.save_for_backward(beta, output)
 
 
@@ -57,7 +58,7 @@ def _ratios_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     beta, ratio = ctx.saved_tensors
     multiplier = eager.onward(beta, ratio, ctx.reverse).conj().resolve_conj()
     adjoint = linear_scan(multiplier, grad, [not backwards for backwards in ctx.reverse], ctx.backend)
-    return adjoint.sum(0), eager.coupling_gradient(adjoint, ratio, ctx.reverse), None, None
+    return adjoint.sum(0, dtype=ctx.dtype), eager.coupling_gradient(adjoint, ratio, ctx.reverse), None, None
 
 
 def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -36,10 +36,10 @@ def inverse(ratio: Tensor, beta: Tensor) -> Tensor:
 
 
 def ratios(d: Tensor, beta: Tensor, reverse: Sequence[bool]) -> Tensor:
-    """Return the ratios (S, B, N) of d, β (B, N), site by site, one sweep per direction; differentiable to any order.
+    """Return the ratios (S, B, N) of d, β (B, N) in the dtype of β, site by site; differentiable to any order.
 
     Args:
-        d: h − z.
+        d: h − z, of the dtype of β or in double precision.
         beta: β_i couples i and i + 1; the last entry is not read.
         reverse: for each sweep whether it runs from the last site to the first.
     """
@@ -47,7 +47,7 @@ def ratios(d: Tensor, beta: Tensor, reverse: Sequence[bool]) -> Tensor:
     sweeps = [
         _sweep(sites[::-1], couplings[::-1])[::-1] if backwards else _sweep(sites, couplings) for backwards in reverse
     ]
-    return torch.stack([torch.stack(found, -1) for found in sweeps]).to(d.dtype)
+    return torch.stack([torch.stack(found, -1) for found in sweeps]).to(beta.dtype)
 
 
 def onward(beta: Tensor, ratio: Tensor, reverse: Sequence[bool]) -> Tensor:
@@ -85,7 +85,7 @@ def ratios_blocked(d: Tensor, beta: Tensor, reverse: Sequence[bool]) -> Tensor:
     beta[0, :, :, 0] = 0.0
     cut = beta == 0
     x = _entering(*_block_products(d, beta, cut))
-    found = torch.empty_like(d)
+    found = torch.empty_like(beta)
     for k in range(size):
         self_energy = x.reciprocal().mul_(beta[k]).masked_fill_(cut[k], 0.0)
         x = torch.sub(d[k], self_energy)
