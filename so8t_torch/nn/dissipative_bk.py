@@ -29,7 +29,7 @@ from so8t_torch.ops import tridiagonal
 __all__ = ["DissipativeBKLayer", "Mixed", "NonHermitianPotential", "Potential", "decay_statistics"]
 
 LEAST_IMAGINARY = 1e-2
-"""Least Im z: float32 keeps five digits over 65,536 sites from there on (docs/math/tridiagonal.md)."""
+"""Least Im z: from there on float32 keeps five digits over 65,536 sites (docs/math/tridiagonal.md)."""
 INITIAL_DECAY = 0.05
 """Γ of the chains at the start."""
 HALF_LIVES = (4.0, 4096.0)
