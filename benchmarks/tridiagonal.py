@@ -96,7 +96,7 @@ def forward_case() -> Case:
         Rival("original's recursions", without_graph(lambda: original(chain)), must=50.0),
         Rival("ratio loop", without_graph(lambda: loop(chain))),
     )
-    return Case("full fwd", shape(BATCH, LENGTH, ours), "complex64", rivals, repeats=7)
+    return Case("full fwd", shape(BATCH, LENGTH, ours), "complex64", rivals, repeats=5)
 
 
 def compiled_case() -> Case:
@@ -122,7 +122,7 @@ def backward_case() -> Case:
 
     ours = step(full)
     rivals = Rival("so8t", ours), Rival("autograd through ratio loop", step(loop), must=30.0)
-    return Case("full fwd+bwd", shape(BATCH, LENGTH, ours), "complex64", rivals, repeats=7)
+    return Case("full fwd+bwd", shape(BATCH, LENGTH, ours), "complex64", rivals, repeats=5)
 
 
 def dense_case(length: int) -> Case:
@@ -131,7 +131,7 @@ def dense_case(length: int) -> Case:
     agree(full(chain), dense(chain))
     ours = without_graph(lambda: full(chain))
     rivals = Rival("so8t", ours), Rival("dense inverse", without_graph(lambda: dense(chain)), must=100.0)
-    return Case("full fwd", shape(BATCH, length, ours), "complex64", rivals, repeats=7)
+    return Case("full fwd", shape(BATCH, length, ours), "complex64", rivals, repeats=5)
 
 
 def flat_cases() -> Iterator[Case]:

@@ -15,7 +15,8 @@ from so8t_torch.ops import tridiagonal as production
 
 DTYPES = ("float64", "float32")
 BACKENDS = ("blocked",)
-SIZES = ({"N": 3}, {"N": 17}, {"N": 256})
+SIZES = ({"N": 3}, {"N": 17}, {"N": 40})
+LONG = ({"N": 3}, {"N": 17}, {"N": 256})
 EDGES = ({"N": 1}, {"N": 2})
 
 
@@ -199,7 +200,7 @@ def pair(name: str, oracle: Any, *, inputs: Any = CHAINS, laws: tuple[Law, ...] 
         production=getattr(production, function),
         oracle=oracle,
         inputs=inputs,
-        sizes=SIZES,
+        sizes=options.pop("sizes", SIZES),
         wrt=(0, 1, 2, 3),
         dtypes=DTYPES,
         budget=options.pop("budget", BUDGET),
@@ -218,10 +219,11 @@ GREEN_LAWS = (
 )
 
 PAIRS: tuple[OpPair, ...] = (
-    pair("green", dense_green, laws=GREEN_LAWS, rejections=REJECTIONS),
+    pair("green", dense_green, sizes=LONG, laws=GREEN_LAWS, rejections=REJECTIONS),
     pair(
         "green:full",
         dense_green,
+        sizes=LONG,
         keywords={"mode": "full"},
         laws=(Law("segment", segment_law, 0.0),),
         rejections=(Rejection("unknown_mode", chain, ConfigError, "'causal' or 'full'", {"mode": "both"}),),
