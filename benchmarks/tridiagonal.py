@@ -57,8 +57,14 @@ def full(chain: Chain) -> Tensor:
 
 
 def loop(chain: Chain) -> Tensor:
-    """Return G_ii by the ratio recurrence, one site after the other."""
-    return tridiagonal.green(*chain, mode="full", backend="eager")
+    """Return G_ii by the ratio recurrence as one would write it, one site after the other, differentiable."""
+    h, b, c, z = chain
+    d, beta = (h - z[:, None]).unbind(-1), (b * c).unbind(-1)
+    left, right = [d[0]], [d[-1]]
+    for i in range(1, len(d)):
+        left.append(d[i] - beta[i - 1] / left[-1])
+        right.append(d[-1 - i] - beta[-i] / right[-1])
+    return 1.0 / (torch.stack(left, -1) + torch.stack(right[::-1], -1) - torch.stack(d, -1))
 
 
 def original(chain: Chain) -> Tensor:
