@@ -134,8 +134,8 @@ def resonance(
 
 
 def _rotate(state: Tensor, q_k: Tensor, q_v: Tensor) -> Tensor:
-    """Return Q_kᵀ S Q_v."""
-    return q_k.mT @ (state @ q_v)
+    """Return Q_kᵀ S Q_v, keys first: a mode of little energy is then rounded beside large ones once, not twice."""
+    return (q_k.mT @ state) @ q_v
 
 
 def _mode_energy(modes: Tensor, energy: str) -> Tensor:

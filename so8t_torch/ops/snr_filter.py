@@ -11,7 +11,8 @@ signal-to-noise ratio of an entry, p the share of entries that are signal; Γ �
 the C tokens of the chunk; λ in [0, 1] how far an entry of noise is cleaned away.
 Everything commutes with scaling S, no head or example sees another, nothing is kept between calls, and no number goes
 back to the host. Carried in float32 (float64 for float64).
-Cost: two medians of a head's entries, found by selection. Twin: so8t_jax/ops/snr_filter.py. Derivation: docs/math/snr_filter.md.
+Cost: two medians per head, found by selection.
+Twin: so8t_jax/ops/snr_filter.py. Derivation: docs/math/snr_filter.md.
 """
 
 from __future__ import annotations
@@ -100,8 +101,10 @@ def statistics(
     """
     _check("statistics", state, noise_floor)
     r = _ratio(_entries(state.detach()), noise_floor)
+    mean = r.mean(-1)
+    spread = (r - mean[..., None]).square().mean(-1).sqrt()
     low = (r < threshold).to(r.dtype).mean(-1)
-    return Statistics(r.mean(-1), r.std(-1, correction=0), r.amin(-1), r.amax(-1), low)
+    return Statistics(mean, spread, r.amin(-1), r.amax(-1), low)
 
 
 def snr_filter(
