@@ -1,4 +1,4 @@
-"""Filters of a fast-weight memory at a chunk boundary, beside the chunk itself and the original's change of basis.
+"""The filter of modes at a chunk boundary, beside the chunk itself and the original's change of basis.
 
 ``python -m benchmarks.resonance`` prints the table and writes ``docs/bench/resonance-cpu.json`` and ``.png``. The chunk
 is what 64 tokens cost that read from and write to the same states by matrix products; a ratio of 1 to it means that
@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.allocation import peak_bytes
 from benchmarks.harness import Case, Rival, run
-from so8t_torch.ops import resonance, snr_filter, zeta
+from so8t_torch.ops import resonance, zeta
 
 COMPONENT = "resonance"
 ROOM = "resonance"
@@ -25,19 +26,15 @@ TOKENS = 64
 
 
 def cases() -> Iterator[Case]:
-    """Yield the filter of modes and the filter of noise for every batch, number of heads and width of a head."""
+    """Yield the filter for every batch, number of heads and width of a head."""
     torch.manual_seed(0)
     for batch, heads, width in SIZES:
         state = torch.randn(batch, heads, width, width)
         q = resonance.basis(width).float()
-        rates = torch.full((batch, TOKENS, heads), 0.1)
         chunk = Rival("chunk of 64 tokens", without_graph(chunk_of(state)))
-        filtered = without_graph(lambda s=state, q=q: resonance.resonance(s, q, q))
-        cleaned = without_graph(lambda s=state, r=rates: snr_filter.snr_filter(s, r, r))
+        filtered = without_graph(partial(resonance.resonance, state, q, q))
         rivals = chunk, Rival("inverse per call", without_graph(original_of(state)))
         yield Case("resonance", size(state, filtered), "float32", (Rival("so8t", filtered), *rivals))
-        sorting = Rival("medians by sorting", without_graph(sorted_medians_of(state)))
-        yield Case("snr filter", size(state, cleaned), "float32", (Rival("so8t", cleaned), chunk, sorting))
 
 
 def chunk_of(state: Tensor) -> Callable[[], object]:
@@ -57,17 +54,6 @@ def original_of(state: Tensor) -> Callable[[], object]:
         return (waves @ (mask[..., None] * modes) @ torch.linalg.inv(waves)).real
 
     return call
-
-
-def sorted_medians_of(state: Tensor) -> Callable[[], object]:
-    """Return the two medians of the noise by sorting, without the rest of the filter."""
-
-    def median(x: Tensor) -> Tensor:
-        ordered, half = x.sort(-1).values, x.shape[-1] // 2
-        return (ordered[..., half - 1, None] + ordered[..., half, None]) / 2.0
-
-    entries = state.flatten(-2)
-    return lambda: median((entries - median(entries)).abs())
 
 
 def without_graph(function: Callable[[], object]) -> Callable[[], object]:

@@ -109,7 +109,7 @@ def filter_by_entry(
         if entries.any():
             gates = np.empty_like(entries)
             for place in np.ndindex(*entries.shape):
-                above = ratio[h][place] - threshold
+                above = float(ratio[h][place]) - threshold
                 gates[place] = float(above >= 0) if hard else logistic(above / temperature)
                 cleaned[h][place] = (1.0 - cleanup) * entries[place] + cleanup * gates[place] * entries[place]
             shares[h] = gates.sum() / gates.size
@@ -127,7 +127,7 @@ def importance_by_entry(
     for h, i, j in np.ndindex(*state.shape):
         largest = np.abs(state[h]).max()
         share = (state[h, i, j] / largest) ** 2 if largest > 0 else 0.0
-        terms = logistic(ratio[h, i, j] - 2.0), share, math.exp(-0.1 * age[h, i, j])
+        terms = logistic(float(ratio[h, i, j]) - 2.0), share, math.exp(-0.1 * age[h, i, j])
         score[h, i, j] = sum(w * term for w, term in zip(weights, terms, strict=True)) / sum(weights)
     return score
 
