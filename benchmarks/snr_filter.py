@@ -1,8 +1,8 @@
 """The filter of noise at a chunk boundary, beside the chunk itself and medians found by sorting.
 
-``python -m benchmarks.snr_filter`` prints the table and writes ``docs/bench/snr_filter-cpu.json`` and ``.png``. The chunk
-is what 64 tokens cost that read from and write to the same states by matrix products. The medians by sorting are those
-of the noise alone, without the rest of the filter.
+``python -m benchmarks.snr_filter`` prints the table and writes ``docs/bench/snr_filter-cpu.json`` and ``.png``. The
+chunk is what 64 tokens cost that read from and write to the same states by matrix products. The medians by sorting are
+those of the noise alone, without the rest of the filter.
 """
 
 from __future__ import annotations
