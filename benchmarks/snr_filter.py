@@ -34,7 +34,7 @@ def cases() -> Iterator[Case]:
             Rival("chunk of 64 tokens", without_graph(chunk_of(state))),
             Rival("medians by sorting", without_graph(sorted_medians_of(state))),
         )
-        yield Case("snr filter", size(state, filtered), "float32", rivals)
+        yield Case(f"snr filter {batch}×{heads}×{width}²", size(state, filtered), "float32", rivals)
 
 
 def sorted_medians_of(state: Tensor) -> Callable[[], object]:

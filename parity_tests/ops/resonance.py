@@ -17,6 +17,7 @@ from so8t_torch.ops import resonance as production
 SMALL: Size = {"H": 2, "K": 3, "V": 3}
 WIDE: Size = {"H": 3, "K": 8, "V": 5}
 SQUARE: Size = {"H": 2, "K": 6, "V": 6}
+SINGLE_AND_DOUBLE = ("float64", "float32")
 
 
 def rotation(generator: np.random.Generator, n: int) -> np.ndarray:
@@ -215,6 +216,7 @@ PAIRS: tuple[OpPair, ...] = (
         {kind: fully(strategy) for kind, strategy in INPUTS.items()},
         (SMALL, SQUARE),
         wrt=(0,),
+        dtypes=SINGLE_AND_DOUBLE,
         keywords={"energy": "diag", "threshold": 0.5, "temperature": 0.25},
         laws=(Law("norm", norm_law, 16.0),),
     ),
@@ -223,6 +225,7 @@ PAIRS: tuple[OpPair, ...] = (
         INPUTS,
         (SMALL, WIDE),
         wrt=(0, 3),
+        dtypes=SINGLE_AND_DOUBLE,
         keywords={"hard": True, "threshold": 0.8},
         finite_differences=False,
         laws=(Law("norm", norm_law, 16.0),),
@@ -233,6 +236,7 @@ PAIRS: tuple[OpPair, ...] = (
         (SMALL, WIDE),
         oracle=unchanged,
         wrt=(0,),
+        dtypes=SINGLE_AND_DOUBLE,
         keywords={"threshold": -math.inf},
     ),
 )

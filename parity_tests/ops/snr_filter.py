@@ -187,6 +187,8 @@ def filter_pair(variant: str, **keywords: Any) -> OpPair:
         inputs={kind: chunks(kind) for kind in KINDS},
         sizes=SIZES,
         wrt=(0, 1, 2),
+        # options change what is computed, not how it is rounded
+        dtypes=("float64", "float32") if keywords else ("float64", "float32", "bfloat16", "float16"),
         keywords=keywords,
         # A gate divides a few roundings of r, at most 10 where its slope counts, by the temperature.
         budget=Budget(forward=64.0, gradient=64.0),
