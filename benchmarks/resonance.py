@@ -34,7 +34,9 @@ def cases() -> Iterator[Case]:
         chunk = Rival("chunk of 64 tokens", without_graph(chunk_of(state)))
         filtered = without_graph(partial(resonance.resonance, state, q, q))
         rivals = chunk, Rival("inverse per call", without_graph(original_of(state)))
-        yield Case(f"resonance {batch}×{heads}×{width}²", size(state, filtered), "float32", (Rival("so8t", filtered), *rivals))
+        yield Case(
+            f"resonance {batch}×{heads}×{width}²", size(state, filtered), "float32", (Rival("so8t", filtered), *rivals)
+        )
 
 
 def chunk_of(state: Tensor) -> Callable[[], object]:
