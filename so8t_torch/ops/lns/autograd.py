@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from so8t_torch.core.forward_mode import refuse_tangents
 from so8t_torch.ops.lns import eager, gradient, ladder
 
 
@@ -84,6 +85,7 @@ in_range = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor log_a, Tensor log_b, Tensor total) -> Tensor",
 )
+refuse_tangents(matmul, matmul_gradient, search, in_range)
 
 
 @in_range.register_fake

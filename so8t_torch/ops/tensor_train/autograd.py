@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from so8t_torch.core.errors import DomainError
+from so8t_torch.core.forward_mode import refuse_tangents
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.tensor_train import eager, head
 
@@ -103,7 +104,9 @@ def _topk(hidden: Tensor, cores: list[Tensor], k: int, vocab_size: int) -> tuple
 
 
 def _register(name: str, function: Any, schema: str) -> Any:
-    return torch.library.custom_op(f"so8t::tensor_train_{name}", function, mutates_args=(), schema=schema)
+    operator = torch.library.custom_op(f"so8t::tensor_train_{name}", function, mutates_args=(), schema=schema)
+    refuse_tangents(operator)
+    return operator
 
 
 checked = _register("checked", _checked, "(Tensor ids, int limit, int? allowed, str what) -> Tensor")
