@@ -199,7 +199,7 @@ PENALTIES = (
         returns="accumulation",
         finite_differences=False,
         budget=Budget(forward=32, gradient=64, floor=1.0),
-        laws=(Law("unit", unit_law, 4096),),
+        laws=(Law("unit", unit_law, 65536),),
         rejections=(
             Rejection("one_layer", zeros((1, 4)), ShapeError, r"l\+1"),
             Rejection("eps", zeros((2, 4)), ConfigError, "eps > 0", {"eps": 0.0}),

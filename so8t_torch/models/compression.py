@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.models.checkpoint_folder import (
     Checkpoint,
     free_folder,
@@ -34,7 +35,6 @@ from so8t_torch.models.checkpoint_folder import (
     open_checkpoint,
     tensors_of,
 )
-from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.nn.tensor_train_compression import (
     Compressed,

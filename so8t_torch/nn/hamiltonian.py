@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from so8t_torch.core.errors import ConfigError, ShapeError
+from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops import physics
 
@@ -178,9 +178,11 @@ class HamiltonianBlock(nn.Module):
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def _check(self, x: Tensor) -> None:
-        """Raise unless the last axis of x is d_model."""
+        """Raise unless the last axis of x is d_model and its dtype real floating."""
         if x.ndim == 0 or x.shape[-1] != self.d_model:
             raise ShapeError(f"HamiltonianBlock: expected x (..., {self.d_model}), got {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise DomainError(f"HamiltonianBlock: expected real floating-point x, got {x.dtype}; convert it first.")
 
 
 def _inverse_softplus(y: float) -> float:
