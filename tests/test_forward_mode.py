@@ -45,6 +45,8 @@ CALLS = (
     ("tensor_train.cross_entropy", lambda h, b: tensor_train.cross_entropy(h, IDS, *CORES, backend=b), drawn(3, 6),
      ("tiled", "triton")),
 )  # fmt: skip
+PLAIN = {"rotation.cayley", "lns.encode"}
+"""What contains no operator of its own."""
 REGISTERED = [(name, f, x, backend) for name, f, x, backends in CALLS for backend in backends]
 
 
@@ -59,9 +61,9 @@ def test_what_runs_by_itself_passes_the_tangent(name, function, x, _backends):
 
 
 @pytest.mark.parametrize(
-    ("name", "function", "x", "backend"), REGISTERED, ids=[f"{call[0]}-{call[3]}" for call in REGISTERED]
+    ("_name", "function", "x", "backend"), REGISTERED, ids=[f"{call[0]}-{call[3]}" for call in REGISTERED]
 )
-def test_a_registered_backend_raises_rather_than_answering_zero(name, function, x, backend):
+def test_a_registered_backend_raises_rather_than_answering_zero(_name, function, x, backend):
     def along(value):
         return function(value, backend)
 
@@ -110,10 +112,9 @@ def test_compiled_it_is_right_or_raises(name, function, x, _backends):
         return torch.func.jvp(lambda v: function(v, "auto"), (value,), (tangent,))[1]
 
     torch.compiler.reset()
-    wanted = along(x, direction)
-    try:
-        found = torch.compile(along, backend="aot_eager")(x, direction)
-    except RuntimeError as error:
-        assert "has no forward-mode derivative" in str(error), name
-        return
-    assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12), name
+    compiled = torch.compile(along, backend="aot_eager")
+    if name in PLAIN:
+        assert torch.allclose(compiled(x, direction), along(x, direction), rtol=1e-10, atol=1e-12)
+    else:
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            compiled(x, direction)

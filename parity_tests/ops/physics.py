@@ -63,8 +63,9 @@ def unit_law(f: Any, example: Example) -> np.ndarray:
 def books_law(f: Any, example: Example) -> np.ndarray:
     """A memory that obeys its rule balances, and stays within what it can reach."""
     generator = np.random.default_rng(zlib.crc32(example[1].tobytes()))
-    t, k, v = *example[1].shape, example[2].shape[1]
-    value, monitors = f(*draw.memory(generator, {"t": t, "k": k, "v": v})[:5], None)
+    _, keys, values = example[:3]
+    size = {"t": len(keys), "k": keys.shape[1], "v": values.shape[1]}
+    value, monitors = f(*draw.memory(generator, size)[:5], None)
     return np.asarray([float(value), float(monitors["residual"])])
 
 

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.models.checkpoint_folder import (
     Checkpoint,
     free_folder,
@@ -35,6 +34,7 @@ from so8t_torch.models.checkpoint_folder import (
     open_checkpoint,
     tensors_of,
 )
+from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.nn.tensor_train_compression import (
     Compressed,

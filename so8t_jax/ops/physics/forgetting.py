@@ -156,7 +156,7 @@ def _reach(energy: Float[Array, ""], strength: Float[Array, " t"], retention: Fl
 def _log_histogram(position: Float[Array, " n"], bins: int) -> Float[Array, " bins"]:
     """Return the log of the mean membership of every bin."""
     centres = jnp.arange(bins, dtype=position.dtype) + 0.5
-    membership = jax.nn.log_softmax(-((position[:, None] - centres) ** 2) / 2, axis=-1)
+    membership = jax.nn.log_softmax(-((position[:, None] - centres[None]) ** 2) / 2, axis=-1)
     return jax.nn.logsumexp(membership, axis=0) - math.log(position.size)
 
 

@@ -64,7 +64,7 @@ def energy_balance(
         energy per step, both in units of the scale.
     """
     scale = _scale(energies, eps)
-    lost = step * jnp.sum(resistance * gradients**2, axis=-1)
+    lost = step * jnp.einsum("n,lsn,lsn->ls", resistance, gradients, gradients)
     residual = (jnp.diff(energies, axis=0) + lost - (0.0 if supply is None else supply)) / scale
     worst = jnp.max(jnp.abs(residual))
     return jnp.mean(residual**2), monitors(scale=scale, worst=worst, dissipation=jnp.mean(lost) / scale)
@@ -92,7 +92,7 @@ def hamiltonian_residual(
     """
     rate = increments / step
     g_q, g_p = jnp.split(gradients, 2, axis=-1)
-    field = jnp.concatenate([g_p, -g_q], axis=-1) - resistance * gradients
+    field = jnp.concatenate([g_p, -g_q], axis=-1) - resistance[None] * gradients
     size = _mean_square(rate)
     return _mean_square(rate - field) / (size + eps), monitors(increment=size, field=_mean_square(field))
 

@@ -165,11 +165,11 @@ def leapfrog(
     if steps < 0:
         raise ConfigError(f"physics.leapfrog: expected steps ≥ 0, got {steps!r}.")
     parameters = (inverse_mass, kappa, scales, weights, biases)
-    arguments = _checked("leapfrog", x, *parameters)
+    state, *wide = _checked("leapfrog", x, *parameters)
     chosen = choose("physics.leapfrog", backend, _candidates(x, *parameters))
     run = reversible.integrate if chosen == "eager" else reversible.integrate_reversibly
     with torch.autocast(x.device.type, enabled=False):
-        return run(*arguments, step, math.exp(-damping * step / 2), steps).to(x.dtype)
+        return run(state, wide, step, math.exp(-damping * step / 2), steps).to(x.dtype)
 
 
 def explain_backend(x: Tensor) -> str:

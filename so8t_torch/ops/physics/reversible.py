@@ -11,6 +11,7 @@ Derivation: docs/math/physics.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,19 +25,17 @@ def force(q: Tensor, kappa: Tensor, scales: Tensor, weights: Tensor, biases: Ten
     return -kappa * q - (scales * torch.sigmoid(q @ weights.mT + biases)) @ weights
 
 
-def integrate(
-    x: Tensor,
-    inverse_mass: Tensor,
-    kappa: Tensor,
-    scales: Tensor,
-    weights: Tensor,
-    biases: Tensor,
-    step: float,
-    kept: float,
-    steps: int,
-) -> Tensor:
-    """Return the state after some steps; kept is c."""
-    potential = (kappa, scales, weights, biases)
+def integrate(x: Tensor, parameters: Sequence[Tensor], step: float, kept: float, steps: int) -> Tensor:
+    """Return the state after some steps.
+
+    Args:
+        x: the state (q, p).
+        parameters: 1/M, κ, s, w, b.
+        step: h.
+        kept: c.
+        steps: how many.
+    """
+    inverse_mass, *potential = parameters
     q, p = x.chunk(2, -1)
     if steps == 0:
         return x.clone()
@@ -49,9 +48,10 @@ def integrate(
     return torch.cat([q, p], -1)
 
 
-def integrate_reversibly(*arguments: Any) -> Tensor:
+def integrate_reversibly(x: Tensor, parameters: Sequence[Tensor], step: float, kept: float, steps: int) -> Tensor:
     """Return the same with one saved state, whatever the number of steps."""
-    return _Reversible.apply(*arguments)
+    y: Tensor = _Reversible.apply(x, *parameters, step, kept, steps)
+    return y
 
 
 class _Reversible(torch.autograd.Function):
@@ -60,8 +60,9 @@ class _Reversible(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return integrate(*arguments)
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
+        *parameters, step, kept, steps = arguments
+        return integrate(x, parameters, step, kept, steps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,25 +76,17 @@ class _Reversible(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             totals: Gradients = tuple(torch.zeros_like(parameter) for parameter in parameters)
             for _ in range(ctx.steps):
-                x = integrate(x, *parameters, -ctx.step, 1 / ctx.kept, 1)
-                g, found = _pull_step(g, x, *parameters, ctx.step, ctx.kept)
+                x = integrate(x, parameters, -ctx.step, 1 / ctx.kept, 1)
+                g, found = _pull_step(g, x, parameters, ctx.step, ctx.kept)
                 totals = tuple(total + part for total, part in zip(totals, found, strict=True))
         return g, *totals, None, None, None
 
 
 def _pull_step(
-    g: Tensor,
-    x: Tensor,
-    inverse_mass: Tensor,
-    kappa: Tensor,
-    scales: Tensor,
-    weights: Tensor,
-    biases: Tensor,
-    step: float,
-    kept: float,
+    g: Tensor, x: Tensor, parameters: Sequence[Tensor], step: float, kept: float
 ) -> tuple[Tensor, Gradients]:
     """Return the cotangents of the state before a step and of the parameters, from g after it."""
-    potential = (kappa, scales, weights, biases)
+    inverse_mass, *potential = parameters
     (q, p), (g_q, g_p) = x.chunk(2, -1), g.chunk(2, -1)
     p = kept * p + step / 2 * force(q, *potential)
     moved = q + step * inverse_mass * p
@@ -103,8 +96,8 @@ def _pull_step(
     g_mass = _over_batch(step * p * g_q)
     g_p = g_p + step * inverse_mass * g_q
     along, first = _pull_force(step / 2 * g_p, q, *potential)
-    parameters = (a + b for a, b in zip(first, second, strict=True))
-    return torch.cat([g_q + along, kept * g_p], -1), (g_mass, *parameters)
+    kicks = (a + b for a, b in zip(first, second, strict=True))
+    return torch.cat([g_q + along, kept * g_p], -1), (g_mass, *kicks)
 
 
 def _pull_force(
