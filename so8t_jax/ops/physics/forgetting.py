@@ -89,6 +89,9 @@ def half_life_divergence(
 ) -> tuple[Float[Array, ""], Diagnostics]:
     """Return KL(p ‖ p*) of the soft histogram of log half-lives from that of log-uniform ones in [shortest, longest].
 
+    More than a few bins outside of the range the memberships no longer change and the gradient dies out; there
+    ``decay_budget`` pulls.
+
     Args:
         decay: Γ > 0 per token.
         shortest: half-life in tokens.
@@ -128,8 +131,8 @@ def ward_residual(
     Returns:
         The value, and the largest |w_i (Im G_ii − Σ_j |G_ij|² w_j)|.
     """
-    ahead = _modulus(upper / right[1:])
-    behind = _modulus(lower / left[:-1])
+    ahead = _modulus(upper) / _modulus(right[1:])
+    behind = _modulus(lower) / _modulus(left[:-1])
     after = _accumulate(ahead[::-1], width[::-1])[::-1]
     before = _accumulate(behind, width)
     residual = width * (jnp.imag(green) - _modulus(green) * (after + before - width))

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from so8t_torch.core.errors import ConfigError, DomainError
+from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.physics.arguments import (
     Diagnostics,
     check_numbers,
@@ -70,6 +71,8 @@ def memory_balance(
         ShapeError: shapes that do not fit.
         DomainError: a dtype that is not real floating, or a negative retention.
         ConfigError: eps is not positive.
+
+    Numerics: the residual is a difference of nearly equal energies; all of it is carried in float64 and rounded once.
     """
     op = "memory_balance"
     check_numbers(op, eps=eps)
@@ -83,7 +86,8 @@ def memory_balance(
         bound=(bound, "... t"),
     )
     not_negative(op, retention=retention)
-    states, keys, values, retention, eta = widened(op, states, keys, values, retention, eta)
+    dtype = accumulation_dtype(states.dtype)
+    states, keys, values, retention, eta = (x.double() for x in widened(op, states, keys, values, retention, eta))
     energy = states.square().sum((-2, -1)) / 2
     strength = eta.square() * keys.square().sum(-1) * values.square().sum(-1)
     with torch.autocast(states.device.type, enabled=False):
@@ -95,12 +99,12 @@ def memory_balance(
     reach = _reach(energy[..., 0], strength, retention) if bound is None else widened(op, states, bound)[1]
     filled = energy[..., 1:] / (reach.detach().square() / 2 + eps)
     value = residual.square().mean(-1) + (filled - 1).relu().square().mean(-1)
-    return value, monitors(
-        energy=energy.mean(-1),
-        dissipation=dissipation.mean(-1),
-        supply=supply.mean(-1),
-        residual=residual.abs().amax(-1),
-        filled=filled.amax(-1),
+    return value.to(dtype), monitors(
+        energy=energy.mean(-1).to(dtype),
+        dissipation=dissipation.mean(-1).to(dtype),
+        supply=supply.mean(-1).to(dtype),
+        residual=residual.abs().amax(-1).to(dtype),
+        filled=filled.amax(-1).to(dtype),
     )
 
 
@@ -133,6 +137,9 @@ def half_life_divergence(
     decay: Float[Tensor, "*batch t h"], *, shortest: float = 4.0, longest: float = 4096.0, bins: int = 10
 ) -> tuple[Float[Tensor, "*batch"], Diagnostics]:
     """Return KL(p ‖ p*) of the soft histogram of log half-lives from that of log-uniform ones in [shortest, longest].
+
+    More than a few bins outside of the range the memberships no longer change and the gradient dies out; there
+    ``decay_budget`` pulls.
 
     Args:
         decay: Γ > 0 per token.

@@ -209,7 +209,8 @@ def symplectic_defect(
         DomainError: a dtype that is not real floating.
         ConfigError: step or damping is out of range.
 
-    Numerics: the layer runs in the dtype of x; the forms are summed in float32 (float64 for float64).
+    Numerics: the layer runs in the dtype of x, and its rounding counts as a defect: judge it in float32 or float64. The
+        forms are summed in float32 (float64 for float64).
     """
     op = "symplectic_defect"
     check_numbers(op, step=step, damping=damping)
