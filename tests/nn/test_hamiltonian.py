@@ -119,7 +119,7 @@ def test_half_precision_is_rounded_once(dtype, adjoint):
 
 
 def test_it_learns_a_turn_and_keeps_its_energy_over_many():
-    """What is learned from single turns stays bounded over three hundred: the layer has an energy whatever it learns."""
+    """Learned from single turns it stays bounded over three hundred: the layer has an energy whatever it learns."""
     angle = torch.linspace(0.1, 1.5, 64, dtype=torch.float64)
     x = torch.stack([angle, torch.zeros_like(angle)], -1)
     turn = torch.tensor([[math.cos(0.3), math.sin(0.3)], [-math.sin(0.3), math.cos(0.3)]], dtype=torch.float64)

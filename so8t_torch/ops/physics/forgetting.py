@@ -254,14 +254,14 @@ def _log_histogram(position: Tensor, bins: int) -> Tensor:
 
 def _accumulate(factor: Tensor, term: Tensor) -> Tensor:
     """Return x_0 = term_0, x_i = term_i + factor_{i−1} x_{i−1}, doubling the reach of every sum until it is whole."""
-    n, reach = term.shape[-1], 1
+    n = term.shape[-1]
     factor, term = torch.broadcast_tensors(pad(factor, (1, 0)), term)
-    while reach < n:
+    # A single site takes one round too: of nothing, but it keeps couplings and ratios in the graph.
+    for reach in (2**k for k in range(max(1, (n - 1).bit_length()))):
         head = [x[..., :reach] for x in (factor, term)]
         tail = factor[..., reach:]
         term = torch.cat([head[1], term[..., reach:] + tail * term[..., :-reach]], -1)
         factor = torch.cat([head[0], tail * factor[..., :-reach]], -1)
-        reach *= 2
     return term
 
 

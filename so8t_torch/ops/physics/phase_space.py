@@ -158,7 +158,8 @@ def leapfrog(
         BackendError: the backend cannot run this call.
 
     Numerics: conformally symplectic to rounding whatever h; stable for h² κ/M < 4 and less where V is stiffer. The
-        energy error is O(h²) and does not drift. Running backwards multiplies rounding by e^{γh/2} twice a step.
+        energy error is O(h²) and does not drift. Running backwards multiplies the rounding of p by e^{γh} a step; the
+        reversible backend carries the state in float64 for it.
     Source: Hairer, Lubich, Wanner, "Geometric Numerical Integration" (2006), chapters I and VI.
     """
     check_numbers("leapfrog", step=step, damping=damping)

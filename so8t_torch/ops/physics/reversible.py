@@ -4,8 +4,9 @@
     step   p ← cp + (h/2)F(q),  q ← q + h M⁻¹p,  p ← c(p + (h/2)F(q))
 
 The adjoint of a step is exact for the step that was taken: it is the transpose of the formulas above, at states that
-are recovered from the last one by the step of −h. It consists of plain operations, so derivatives of higher order
-exist; they store what they need.
+are recovered from the last one by the step of −h. What is run backwards is carried in float64 while forces are computed
+in the working dtype: the same forces come back, and sums of float64 lose nothing that float32 would notice. The adjoint
+consists of plain operations, so derivatives of higher order exist; they store what they need.
 Derivation: docs/math/physics.md.
 """
 
@@ -26,11 +27,11 @@ def force(q: Tensor, kappa: Tensor, scales: Tensor, weights: Tensor, biases: Ten
 
 
 def integrate(x: Tensor, parameters: Sequence[Tensor], step: float, kept: float, steps: int) -> Tensor:
-    """Return the state after some steps.
+    """Return the state after some steps, in the dtype of x.
 
     Args:
         x: the state (q, p).
-        parameters: 1/M, κ, s, w, b.
+        parameters: 1/M, κ, s, w, b in the dtype in which forces are computed.
         step: h.
         kept: c.
         steps: how many.
@@ -39,19 +40,36 @@ def integrate(x: Tensor, parameters: Sequence[Tensor], step: float, kept: float,
     q, p = x.chunk(2, -1)
     if steps == 0:
         return x.clone()
-    pull = force(q, *potential)
+    dtype = potential[0].dtype
+    pull = force(q.to(dtype), *potential)
     for _ in range(steps):
         p = kept * p + step / 2 * pull
         q = q + step * inverse_mass * p
-        pull = force(q, *potential)
+        pull = force(q.to(dtype), *potential)
         p = kept * (p + step / 2 * pull)
     return torch.cat([q, p], -1)
 
 
 def integrate_reversibly(x: Tensor, parameters: Sequence[Tensor], step: float, kept: float, steps: int) -> Tensor:
-    """Return the same with one saved state, whatever the number of steps."""
-    y: Tensor = _Reversible.apply(x, *parameters, step, kept, steps)
+    """Return the same in float64 with one saved state, whatever the number of steps."""
+    y: Tensor = _Reversible.apply(x.double(), *parameters, step, kept, steps)
     return y
+
+
+@torch.no_grad()
+def recovery_error(x: Tensor, y: Tensor, parameters: Sequence[Tensor], step: float, kept: float, steps: int) -> Tensor:
+    """Return max|x − x̂| / max|x| () for the x̂ that the steps of −h recover from y.
+
+    Args:
+        x: the state before the steps.
+        y: what ``integrate_reversibly`` made of it.
+        parameters: as in ``integrate``.
+        step: h.
+        kept: c.
+        steps: how many.
+    """
+    back = integrate(y, parameters, -step, 1 / kept, steps)
+    return (back - x).abs().max() / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
 
 
 class _Reversible(torch.autograd.Function):
@@ -67,6 +85,7 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *parameters, ctx.step, ctx.kept, ctx.steps = inputs
+        ctx.dtype = parameters[0].dtype
         ctx.save_for_backward(output, *parameters)
 
     @staticmethod
@@ -75,11 +94,12 @@ class _Reversible(torch.autograd.Function):
         # Inside of autocast a backward pass runs outside of it, unless it is called from within.
         with torch.autocast(g.device.type, enabled=False):
             totals: Gradients = tuple(torch.zeros_like(parameter) for parameter in parameters)
+            g = g.to(ctx.dtype)
             for _ in range(ctx.steps):
                 x = integrate(x, parameters, -ctx.step, 1 / ctx.kept, 1)
-                g, found = _pull_step(g, x, parameters, ctx.step, ctx.kept)
+                g, found = _pull_step(g, x.to(ctx.dtype), parameters, ctx.step, ctx.kept)
                 totals = tuple(total + part for total, part in zip(totals, found, strict=True))
-        return g, *totals, None, None, None
+        return g.to(x.dtype), *totals, None, None, None
 
 
 def _pull_step(
