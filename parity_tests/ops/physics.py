@@ -133,7 +133,8 @@ PHASE_SPACE = (
         (0, *ENERGY),
         shared=ENERGY,
         masters=ENERGY,
-        budget=Budget(forward=32, gradient=64),
+        # far out σ is 1 up to rounding, and the gradients of b and w are multiples of 1 − σ
+        budget=Budget(forward=32, gradient=64, gradient_floor=0.01),
         rejections=ENERGY_REJECTIONS[:2],
     ),
     pair(
