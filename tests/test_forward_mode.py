@@ -22,7 +22,7 @@ IDS = torch.tensor([0, 5, 11])
 MASK = torch.ones(2, 6, dtype=torch.int64)
 POSITIVE = torch.ones(4, 5, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
 ROTATION = rotation.exponential(drawn(2, 28, seed=3))
-FACTOR = drawn(5, 3, seed=4)
+FACTOR, CHANNELS = drawn(5, 3, seed=4), drawn(3, 16, seed=5)
 
 # name, function of one tensor and a backend, that tensor, registered backends
 CALLS = (
@@ -30,7 +30,7 @@ CALLS = (
     ("rotation.cayley", lambda x, _: rotation.cayley(x), drawn(2, 28), ()),
     ("rotation.logarithm", lambda x, _: rotation.logarithm(x), ROTATION, ()),
     ("rotation.apply", lambda x, b: rotation.apply(ROTATION, x, backend=b), drawn(3, 16), ("triton",)),
-    ("rotation.apply of R", lambda r, b: rotation.apply(r, drawn(3, 16), backend=b), ROTATION, ("triton",)),
+    ("rotation.apply of R", lambda r, b: rotation.apply(r, CHANNELS, backend=b), ROTATION, ("triton",)),
     ("triality.representations", lambda x, _: triality.representations(x), drawn(28), ()),
     ("second_difference.energy", lambda h, b: second_difference.energy(h, MASK, backend=b), drawn(2, 6, 3),
      ("streamed", "triton")),

@@ -133,8 +133,8 @@ PHASE_SPACE = (
         (0, *ENERGY),
         shared=ENERGY,
         masters=ENERGY,
-        # far out σ is 1 up to rounding, and the gradients of b and w are multiples of 1 − σ
-        budget=Budget(forward=32, gradient=64, gradient_floor=0.01),
+        # the gradient of a parameter adds terms of both signs, of size one at least
+        budget=Budget(forward=32, gradient=64, gradient_floor=1.0),
         rejections=ENERGY_REJECTIONS[:2],
     ),
     pair(

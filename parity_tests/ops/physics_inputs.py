@@ -29,7 +29,7 @@ def state(generator: np.random.Generator, size: Size) -> Example:
 def far_state(generator: np.random.Generator, size: Size) -> Example:
     """Draw a state far out, where every softplus is saturated on one side or the other."""
     x, *rest = state(generator, size)
-    return 30.0 * x, *rest
+    return 8.0 * x, *rest
 
 
 def secant(generator: np.random.Generator, size: Size) -> Example:
