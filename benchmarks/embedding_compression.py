@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt  # the drawing backend has to be chosen first
 
 TEXTS = Path(__file__).parent.parent.parent / "shared" / "data" / "text"
 VOCABULARY, TOKENS, WIDTH = 32_064, 4096, 3072
-PIECES, HIDDEN, BATCH, LENGTH, STEPS = 8192, 128, 16, 64, 300
+PIECES, HIDDEN, BATCH, LENGTH, STEPS = 4096, 128, 8, 64, 300
 RATES = (2e-3, 6e-3)
 SOURCES_BYTES = 4_000_000
 TRAINS: dict[str, dict[str, int] | None] = {

@@ -124,7 +124,10 @@ def bake(
 def compress_embedding(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors weights; only read.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist or be empty.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of every bond between two cores.")] = 16,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(help="Rank of every bond between two cores (default 16); give it twice for 3 cores that differ."),
+    ] = None,
     cores: Annotated[int, typer.Option(help="Number of cores, 2 or 3.")] = 2,
     sweeps: Annotated[int, typer.Option(help="Sweeps of least squares after the decomposition.")] = 3,
     max_relative_error: Annotated[float, typer.Option(help="Largest relative Frobenius error that is written.")] = 0.1,
@@ -133,17 +136,17 @@ def compress_embedding(
     ] = "golden",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and report, write nothing.")] = False,
 ) -> None:
-    """Replace a checkpoint's embedding by a tensor train; refuse, with the rank needed, when the error is too large.
+    """Replace a checkpoint's embedding by a tensor train; refuse, naming a rank that would do, when it is too far.
 
-    The result is read by so8t_torch.models.compression.load_compressed. With --dry-run the exit status is 1 when the error is
-    above the gate.
+    The result is read by so8t_torch.models.compression.load_compressed. With --dry-run the exit status is 1 when the
+    error is above the gate.
     """
     from so8t_torch.models.compression import compress_checkpoint
 
     report = compress_checkpoint(
         checkpoint,
         out,
-        rank=rank,
+        rank=rank[0] if rank and len(rank) == 1 else rank or 16,
         num_cores=cores,
         sweeps=sweeps,
         max_relative_error=max_relative_error,

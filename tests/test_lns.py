@@ -200,3 +200,40 @@ def test_the_report_says_why_a_backend_cannot_run():
     text = lns.explain_backend(drawn(2, 2), drawn(2, 2))
     assert "rescaled: can run" in text
     assert "eager: can run" in text
+
+
+@pytest.mark.parametrize("height", [1e-30, 1e20, 1e30])
+@pytest.mark.parametrize("std", [1.0, 60.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cotangents_of_any_size_give_gradients_of_that_size(height, std, dtype):
+    log_a, log_b = (drawn(*shape, seed=seed, dtype=dtype, std=std) for seed, shape in enumerate([(4, 70), (70, 3)]))
+    p = log_a.double()[:, :, None] + log_b.double()
+    weights = torch.softmax(p, 1)
+    log_a.requires_grad_()
+    log_b.requires_grad_()
+    c = lns.logmatmulexp(log_a, log_b)
+    da, db = torch.autograd.grad(c, (log_a, log_b), torch.full_like(c, height))
+    tolerance = 2000 * torch.finfo(dtype).eps
+    torch.testing.assert_close(da.double() / height, weights.sum(2), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(db.double() / height, weights.sum(0), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (3, 4, 0), (3, 0, 2), (0, 0, 0)])
+@pytest.mark.parametrize("batch", [(), (0,), (2,), (2, 0)])
+def test_nothing_is_reported_as_zeros_that_are_not_in_doubt(shape, batch):
+    m, k, n = shape
+    report = lns.matmul_report(*encoded(*batch, m, k), *encoded(*batch, k, n))
+    assert report.log.shape == report.sign.shape == report.rung.shape == (*batch, m, n)
+    assert report.log.isneginf().all()
+    assert not report.sign.any() | report.undecided.any()
+    assert (report.condition == 1).all()
+    assert set(report.shares()) == {"rescaled", "boosted", "blocked", "float64", "streamed"}
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+@pytest.mark.parametrize("call", [lns.matmul, lns.matmul_report, lns.condition_number])
+def test_missing_signs_are_refused(call, missing):
+    factors = [*encoded(2, 3), *encoded(3, 2)]
+    factors[missing] = None
+    with pytest.raises(DomainError, match="int8 tensor of signs"):
+        call(*factors)

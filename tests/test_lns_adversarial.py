@@ -48,9 +48,13 @@ class Truth(NamedTuple):
 def truth_of(factors):
     a, b = (factors[i].numpy().astype(EXTENDED) for i in (1, 3))
     s = factors.sign_a.numpy()[:, None, :] * factors.sign_b.numpy().T[None]
-    p = np.where(s == 0, -np.inf, a[:, None, :] + b.T[None])
+    left, right = a[:, None, :], b.T[None]
+    p = np.where(s == 0, -np.inf, left + right)
+    with np.errstate(invalid="ignore"):
+        part = p - left
+        rest = finite((right - part) + (left - (p - part)))
     top = p.max(-1)
-    terms = s * np.exp(p - np.where(np.isfinite(top), top, 0)[..., None])
+    terms = s * np.exp((p - finite(top)[..., None]) + rest)
     total, size = terms.sum(-1), np.abs(terms).sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         kappa = np.where(size == 0, 1, size / np.abs(total))
@@ -67,7 +71,7 @@ def error_bounds(factors, truth, rung):
     linear = np.where(
         rung == 3, depth + RANGE[torch.float64], np.where(rung == 4, 0, depth + (rung > 0) * RANGE[dtype])
     )
-    height = linear + np.where(rung >= 3, finite(np.abs(truth.magnitude)), 0)
+    height = linear + np.where(rung == 3, finite(np.abs(truth.magnitude)), 0)
     unit = np.where(rung >= 3, U[torch.float64], U[dtype])
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.asarray(truth.kappa * unit * (terms + math.log(terms) + 16 + height), float)
@@ -104,9 +108,9 @@ def with_zeros(generator):
     return sign_a, log_a, sign_b, log_b
 
 
-def with_shifts(height):
+def with_shifts(height, std=2.0):
     def draw(generator):
-        sign_a, log_a, sign_b, log_b = gaussian(generator, 2.0)
+        sign_a, log_a, sign_b, log_b = gaussian(generator, std)
         log_a += height * generator.choice([-1, 0, 1], (ROWS, 1))
         return sign_a, log_a, sign_b, log_b + height * generator.choice([-1, 0, 1], COLUMNS)
 
@@ -158,6 +162,13 @@ def with_deep_cancellation(generator):
     return sign_a, log_a, sign_b, log_b
 
 
+def with_distant_cancellation(generator):
+    """Cancelling pairs far below the largest factors, with logs of 10⁸."""
+    sign_a, log_a, sign_b, log_b = with_cancellation(generator)
+    opposed = np.repeat(400.0 * generator.standard_normal((TERMS + 1) // 2), 2)[:TERMS]
+    return sign_a, log_a + opposed + 1e8 * generator.choice([-1, 1], (ROWS, 1)), sign_b, log_b - opposed[:, None]
+
+
 FAMILIES = {
     "std 1": lambda g: gaussian(g, 1.0),
     "std 10": lambda g: gaussian(g, 10.0),
@@ -168,11 +179,13 @@ FAMILIES = {
     "zeros": with_zeros,
     "shifts of 80": with_shifts(80.0),
     "shifts of 10⁴": with_shifts(1e4),
+    "shifts of 10⁸, std 60": with_shifts(1e8, 60.0),
     "useless giants": with_useless_giants,
     "opposed, std 30": with_opposed_factors(30.0),
     "opposed, std 200": with_opposed_factors(200.0),
     "cancelling pairs": with_cancellation,
     "cancelling twice": with_deep_cancellation,
+    "cancelling at 10⁸": with_distant_cancellation,
     "one term": lambda g: gaussian(g, 100.0, (ROWS, 1, COLUMNS)),
     "4096 terms": lambda g: gaussian(g, 2.0, (7, 4096, 9)),
     "4096 wide terms": lambda g: gaussian(g, 80.0, (7, 4096, 9)),

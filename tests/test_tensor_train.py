@@ -63,12 +63,12 @@ def close(found, wanted, eps=256.0):
 
 def allocated(call):
     """Return the peak of bytes that PyTorch and NumPy allocate while ``call`` runs, its result included."""
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        # not earlier: the profiler loads the compiler when it starts
+        tracemalloc.start()
         kept = call()
-    outside = tracemalloc.get_traced_memory()[1] - before
-    tracemalloc.stop()
+        outside = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     events, changes = list(recorded.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()

@@ -219,9 +219,9 @@ def dense_cross_entropy(hidden: Any, targets: Any, cores: Any, g: Any) -> Any:
     P = np.exp(L - lse[:, None])
     P[np.arange(len(aim)), aim] -= 1
     P *= (exact(g) * counted)[:, None]
-    full = np.zeros((HEAD[0] * HEAD[1], HEAD[4] * HEAD[5]))
-    full[:vocab_size, :d_model] = P.T @ H
-    full = full.reshape(HEAD[0], HEAD[1], HEAD[4], HEAD[5])
+    dtable = np.zeros((HEAD[0] * HEAD[1], HEAD[4] * HEAD[5]))
+    dtable[:vocab_size, :d_model] = P.T @ H
+    full = dtable.reshape(HEAD[0], HEAD[1], HEAD[4], HEAD[5])
     dc1, dc2 = np.einsum("xyab,yrb->xra", full, c2), np.einsum("xyab,xra->yrb", full, c1)
     return loss, P @ table, dc1[:, None], dc2[:, :, None]
 

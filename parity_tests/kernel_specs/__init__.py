@@ -6,10 +6,11 @@ from parity_tests.kernel_specs.lns import lns_specs
 from parity_tests.kernel_specs.rotation import rotation_specs
 from parity_tests.kernel_specs.second_difference import second_difference_specs
 from parity_tests.kernel_specs.spec import KernelSpec
+from parity_tests.kernel_specs.tensor_train import tensor_train_specs
 
 __all__ = ["KernelSpec", "specs"]
 
 
 def specs() -> tuple[KernelSpec, ...]:
     """Return every kernel of the library."""
-    return (*lns_specs(), *rotation_specs(), *second_difference_specs())
+    return (*lns_specs(), *rotation_specs(), *second_difference_specs(), *tensor_train_specs())

@@ -11,7 +11,7 @@ from so8t_torch.core.launch import Tile
 from so8t_torch.ops.lns import kernels
 
 FACTORS = {"sign_a_ptr": "*i8", "log_a_ptr": "*", "sign_b_ptr": "*i8", "log_b_ptr": "*"}
-RESULT = {"sign_c_ptr": "*i8", "log_c_ptr": "*"}
+RESULT = {"sign_c_ptr": "*i8", "log_c_ptr": "*", "low_c_ptr": "*"}
 SHIFTS = {"shift_a_ptr": "*", "norm_a_ptr": "*", "shift_b_ptr": "*", "norm_b_ptr": "*"}
 SIZES = {"M": "i32:16", "N": "i32:16", "K": "i32:16"}
 WITHOUT_SIGNS = dict.fromkeys(("sign_a_ptr", "sign_b_ptr", "sign_c_ptr", "norm_a_ptr", "norm_b_ptr"))
@@ -31,10 +31,11 @@ def lns_specs() -> tuple[KernelSpec, ...]:
     return tuple(found)
 
 
-def original_specs() -> tuple[KernelSpec, ...]:
-    """Return the product's kernel with each configuration that the design began from, one spec for each."""
+def original_specs() -> tuple[tuple[KernelSpec, KernelSpec], ...]:
+    """Return the product's kernel, with signs and without, for each configuration that the design began from."""
     product = next(iter(_products("fp32", FLOATING[0][1])))
-    return tuple(replace(product, tiles=(tile,)) for tile in kernels.ORIGINAL_TILES)
+    each = (replace(product, tiles=(tile,)) for tile in kernels.ORIGINAL_TILES)
+    return tuple((spec, _unsigned(spec)) for spec in each)
 
 
 def _spec(
@@ -45,12 +46,18 @@ def _spec(
         room="lns",
         kernel=kernel,
         tiles=tiles,
-        signature=signature,
+        signature={**signature, **_signs_of_factors(element, signature)},
         constants=constants,
         elements=(element,),
         wide_loads=wide_loads,
         wide_stores=wide_stores,
     )
+
+
+def _signs_of_factors(element: str, signature: dict[str, str]) -> dict[str, str]:
+    """Return how the signs that a kernel reads are given: bytes, or float64 beside float64."""
+    read = {"sign_ptr", "sign_a_ptr", "sign_b_ptr"} | ({"sign_c_ptr"} if "g_ptr" in signature else set())
+    return dict.fromkeys(sorted(read & set(signature)), "*fp64" if element == "fp64" else "*i8")
 
 
 def _unsigned(spec: KernelSpec) -> KernelSpec:
@@ -62,7 +69,8 @@ def _products(element: str, scale: dict[str, float]) -> Iterator[KernelSpec]:
     rung = {**FACTORS, **RESULT, "rung_ptr": "*i8", **SIZES}
     tiles = LADDER if element == "fp64" else kernels.FORWARD_TILES
     yield _spec(kernels.forward_kernel, tiles, element, {**rung, **SHIFTS}, scale, 4, 4)
-    yield _spec(kernels.blocked_kernel, LADDER, element, {**rung, "few": "i32"}, scale)
+    if element == "fp32":
+        yield _spec(kernels.blocked_kernel, LADDER, element, {**rung, "few": "i32"}, scale)
     streamed = {"UNIT": scale["UNIT"]}
     yield _spec(kernels.streamed_kernel, kernels.STREAMED_TILES, element, {**rung, "few": "i32"}, streamed, 0)
     yield _spec(kernels.entry_kernel, kernels.ENTRY_TILES, element, rung, {}, 0)
@@ -80,7 +88,7 @@ def _gradients(element: str) -> Iterator[KernelSpec]:
     for one, others in ((left, right), (right, left)):
         strides = dict.fromkeys(others, "i32:16")
         for beyond in (False, True):
-            tiles = kernels.GRADIENT_TILES[-1:] if beyond else kernels.GRADIENT_TILES
+            tiles = (kernels.BEYOND_TILE,) if beyond else kernels.GRADIENT_TILES
             constants = {**one, "LIMIT": limit, "BEYOND": beyond}
             wide = {"wide_loads": 1, "wide_stores": 1} if not beyond and element == "fp32" else {"wide_loads": 0}
             chosen = LADDER if element == "fp64" else tiles
@@ -97,7 +105,7 @@ def _others(element: str) -> Iterator[KernelSpec]:
         yield _spec(
             kernels.shift_kernel, kernels.SHIFT_TILES, element, signature, {along: 1, **_nothing("sign", "norm")}
         )
-    largest = {**FACTORS, **RESULT, **SIZES}
+    largest = {**FACTORS, "sign_c_ptr": "*i8", "log_c_ptr": "*", **SIZES}
     for constants in ({"index_ptr": None}, {"index_ptr": None, **_nothing("sign_a", "sign_b", "sign_c")}):
         yield _spec(kernels.largest_kernel, kernels.LARGEST_TILES, element, largest, constants, 0)
     indexed = {**largest, "index_ptr": "*i32"}

@@ -75,7 +75,7 @@ def gradient_specs() -> tuple[KernelSpec, ...]:
         KernelSpec(
             room="tensor_train",
             kernel=kernel,
-            tiles=tiles[size][:1] if atomic else tiles[size],
+            tiles=tiles[size],
             signature={name: kind for name, kind in arguments.items() if isinstance(kind, str)},
             constants={
                 **PLAIN, **ORDERED, "ATOMIC": atomic,
@@ -105,7 +105,7 @@ def head_specs() -> tuple[KernelSpec, ...]:
     shared = {"targets_ptr": "*i64", "c1_ptr": "*", "c2_ptr": "*", "vocab_size": "i32", "lse_ptr": "*fp32", **sizes}
     core = {
         "g_ptr": "*fp32", "targets_ptr": "*i64", "h_ptr": "*", "p_ptr": "*", "core_ptr": "*", "out_ptr": "*fp32",
-        "count": "i32:16", "share": "i32", "earlier": "i32:16", "size": "i32:16", "v_own": "i32", "v_other": "i32",
+        "count": "i32:16", "share": "i32", "size": "i32:16", "v_own": "i32", "v_other": "i32",
         "rank": "i32:16", "d_own": "i32:16", "d_other": "i32:16", "d_model": "i32:16",
     }  # fmt: skip
     sides: tuple[tuple[dict[str, str], dict[str, int]], ...] = (

@@ -183,7 +183,7 @@ def logs_pair(variant: str, inputs: dict[str, Strategy], budget: Budget, **field
 
 MATMUL_LAWS = (
     Law("dense", laws.dense_law, 64.0),
-    Law("shift", laws.shift_law, 16.0),
+    Law("shift", laws.shift_law, 8.0),
     Law("order", laws.order_law, 16.0),
     Law("transpose", laws.transpose_law, 16.0),
     Law("negation", laws.negation_law, 16.0),

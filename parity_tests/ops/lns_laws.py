@@ -111,12 +111,15 @@ def dense_law(f: Any, example: Example) -> np.ndarray:
 
 
 def shift_law(f: Any, example: Example) -> np.ndarray:
-    """Multiplying rows and columns by powers adds their logs."""
+    """Multiplying rows and columns by powers adds their logs.
+
+    The moved logs are rounded, each by u times its height, and what that does to the terms is multiplied by κ.
+    """
     sign_a, log_a, sign_b, log_b = example
     rows, columns = np.linspace(-70.0, 90.0, len(log_a))[:, None], np.linspace(40.0, -50.0, log_b.shape[1])
     sign, log = f(*example)
-    moved = f(sign_a, log_a + rows, sign_b, log_b + columns)
-    return apart(moved, (sign, np.asarray(log) + (rows + columns)), scale_of(example) + 90.0)
+    moved = (sign_a, log_a + rows, sign_b, log_b + columns)
+    return apart(f(*moved), (sign, np.asarray(log) + (rows + columns)), scale_of(moved))
 
 
 def order_law(f: Any, example: Example) -> np.ndarray:

@@ -304,16 +304,15 @@ PAIRS: tuple[OpPair, ...] = (
     rows_pair("", WIDE, judge.rows_inputs(), laws=ROWS_LAWS, rejections=refused.ROWS, edge_sizes=SMALL),
     rows_pair(":ragged", RAGGED, judge.rows_inputs(27), keywords=CROP, dtypes=FULL),
     rows_pair(":padding", TWO, judge.rows_inputs(padding=3), keywords={"padding_idx": 3}, dtypes=FULL),
-    rows_pair(":padding_outside", TWO, judge.rows_inputs(padding=-1), keywords={"padding_idx": -1}, dtypes=DOUBLE),
     rows_pair(":complex", TWO, judge.rows_inputs(complex_valued=True), dtypes=FULL),
     rows_pair(":one_core", ONE, judge.rows_inputs(), cores=1, dtypes=DOUBLE),
     rows_pair(":three_cores", THREE, judge.rows_inputs(), cores=3, laws=ROWS_LAWS),
     rows_pair(
         ":three_cores_ragged",
         RAGGED_THREE,
-        judge.rows_inputs(53, 2),
+        judge.rows_inputs(53, -1),
         cores=3,
-        keywords=CROP_THREE | {"padding_idx": 2},
+        keywords=CROP_THREE | {"padding_idx": -1},
         dtypes=FULL,
     ),
     rows_pair(":four_cores", FOUR, judge.rows_inputs(), cores=4, dtypes=DOUBLE),
@@ -345,15 +344,12 @@ PAIRS: tuple[OpPair, ...] = (
     cross_entropy_pair(
         ":ragged",
         RAGGED,
-        judge.head_inputs(18, sometimes_ignored(-100), 27),
+        judge.head_inputs(18, sometimes_ignored(0), 27),
         2,
-        keywords=HEAD_CROP,
+        keywords=HEAD_CROP | {"ignore_index": 0},
         dtypes=ROUNDED,
     ),
-    cross_entropy_pair(
-        ":ignored", TWO, judge.head_inputs(targets=sometimes_ignored(0)), 2, keywords={"ignore_index": 0}, dtypes=FULL
-    ),
-    cross_entropy_pair(":three_cores", THREE, judge.head_inputs(targets=any_target), 3, dtypes=ROUNDED),
+    cross_entropy_pair(":three_cores", THREE, judge.head_inputs(targets=sometimes_ignored(-100)), 3, dtypes=ROUNDED),
     topk_pair(
         "",
         TWO,

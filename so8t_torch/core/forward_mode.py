@@ -13,37 +13,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import make_autograd_impl
-from torch.library import CustomOpDef
 
 from so8t_torch.core.errors import BackendError
 
+_LIBRARY = torch.library.Library("so8t", "IMPL")
 
-def refuse_tangents(*operators: CustomOpDef) -> None:
+
+def refuse_tangents(*names: str) -> None:
     """Make operators raise BackendError where an argument carries a forward-mode tangent, compiled or not.
 
     Args:
-        *operators: results of ``torch.library.custom_op``; ``register_autograd`` may come before or after.
+        *names: of operators in the namespace ``so8t``, their derivatives already registered.
     """
-    for operator in operators:
-        _guard(operator)
+    for name in names:
+        _guard(name)
 
 
-def _guard(operator: CustomOpDef) -> None:
-    differentiate = make_autograd_impl(operator._opoverload, operator)
+def _guard(name: str) -> None:
+    # One kernel stands under the key of every device.
+    differentiate = torch.library.get_kernel(f"so8t::{name}", "AutogradCPU")
 
     def refuse_or_differentiate(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
         if any(torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in _tensors(arguments)):
             raise BackendError(
-                f"{operator._qualname} has no forward-mode derivative, and an argument carries a tangent; "
+                f"so8t::{name} has no forward-mode derivative, and an argument carries a tangent; "
                 "use backend='eager', which is made of plain operations."
             )
-        return differentiate(keyset, *arguments, **keywords)
+        return differentiate.call_boxed(keyset, *arguments, **keywords)
 
     with warnings.catch_warnings():
         # PyTorch says once that a kernel replaces another: here it wraps it.
         warnings.filterwarnings("ignore", category=UserWarning)
-        operator._lib.impl(operator._name, refuse_or_differentiate, "Autograd", with_keyset=True, allow_override=True)
+        _LIBRARY.impl(name, refuse_or_differentiate, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:

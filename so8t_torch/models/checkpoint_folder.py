@@ -29,8 +29,11 @@ class Checkpoint:
     files: dict[str, str]
 
     def read(self, key: str) -> Tensor:
-        """Return one tensor, reading no other."""
-        with _opened(self.folder / self.files[key]) as file:
+        """Return one tensor, reading no other; a DataError if its file does not hold it."""
+        path = self.folder / self.files[key]
+        with _opened(path) as file:
+            if key not in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                raise DataError(f"{path}: expected the tensor {key!r}, which the index places there; copy both again.")
             return file.get_tensor(key)
 
     def names(self) -> list[str]:
@@ -61,8 +64,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: expected model.safetensors or model.safetensors.index.json; other formats are not read. "
             "Save the model again with save_pretrained."
         )
-    for name in sorted(set(files.values())):
-        if Path(name).name != name or not (folder / name).is_file():
+    for name in sorted(set(files.values()), key=str):
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise DataError(f"{folder}: the index names {name!r}, which is not a file there; complete the checkpoint.")
     return Checkpoint(folder, files)
 
@@ -107,26 +110,29 @@ def in_one_step(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def free_folder(path: str | Path | None, source: Path | None) -> Path:
-    """Return an absolute path at which a folder may be made; its parent exists then.
+    """Return the path, links followed, at which a folder may be made; its parent exists then and can be written to.
 
     Args:
         path: the folder asked for.
         source: a folder that must not contain it, or None.
 
     Raises:
-        ConfigError: no path is given, something is there already, it lies in the source, or its parent cannot be made.
+        ConfigError: no path is given, something is there already, it lies in the source, or its parent cannot be made
+            or written to.
     """
     if path is None:
         raise ConfigError("expected an output folder; give one, or ask for a dry run.")
-    target = Path(path).absolute()
+    target = Path(path).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"expected {target} not to exist or to be an empty folder; choose another name.")
-    if source is not None and target.resolve().is_relative_to(source.resolve()):
+    if source is not None and target.is_relative_to(source.resolve()):
         raise ConfigError(f"expected an output outside the source {source}, which is only read, got {target}.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # tried, because permissions do not tell the whole truth: before the work, not after it
+        Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)).rmdir()
     except OSError as error:
-        raise ConfigError(f"{target.parent} cannot be made ({error}); choose another place.") from error
+        raise ConfigError(f"{target.parent} cannot be made or written to ({error}); choose another place.") from error
     return target
 
 

@@ -3,7 +3,7 @@
     OUT/  tensor_train.json          what was replaced, how well, and which files belong to it
           tensor_train.safetensors   core1 … coreK, phase_shift, id_permutation
           rest-*.safetensors         every other tensor, unchanged
-          config.json, tokenizer, …  copies
+          config.json, tokenizer, …  copies of the files beside the weights; sub-folders are left out
 
 The rows of a tied head are those of the embedding, so its place is taken by the exact transpose. The weights carry
 names of their own: ``from_pretrained`` refuses the folder instead of starting from a random table; ``load_compressed``
@@ -24,8 +24,9 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
+from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.models.checkpoint_folder import (
     Checkpoint,
     free_folder,
@@ -34,7 +35,6 @@ from so8t_torch.models.checkpoint_folder import (
     open_checkpoint,
     tensors_of,
 )
-from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.nn.tensor_train_compression import (
     Compressed,
@@ -42,6 +42,7 @@ from so8t_torch.nn.tensor_train_compression import (
     Permutation,
     compress_embedding,
     require_error,
+    require_gate,
 )
 from so8t_torch.nn.tensor_train_head import TensorTrainHead
 
@@ -72,10 +73,11 @@ class CheckpointReport:
 
     def tables(self) -> list[Table]:
         """Return the report as tables for a terminal."""
-        place = f"written to {self.output}" if self.output else "dry run, nothing was written"
-        table = Table(title=f"{self.source}: {place}")
-        table.add_column("checkpoint")
-        table.add_column("value", justify="right")
+        table = Table(title="checkpoint")
+        table.add_column("quantity")
+        table.add_column("value", justify="right", overflow="fold")
+        table.add_row("read from", self.source)
+        table.add_row("written to", self.output or "dry run, nothing was written")
         table.add_row("tensor", self.tensor)
         table.add_row("output head", "tied: becomes its transpose" if self.tied else "its own: stays as it is")
         share = self.bytes_after / self.bytes_before
@@ -107,17 +109,19 @@ def compress_checkpoint(
         dry_run: measure, report and write nothing; an error above the gate is reported, not raised.
 
     Raises:
-        DomainError: the error is above the gate; the text names it and the rank that would do. Nothing is written.
+        DomainError: the error is above the gate; the text names it and ranks that are enough. Nothing is written.
         ConfigError: the architecture is unknown, its embedding does more than look up rows, or an option is wrong.
-        DataError: a weight file is absent, damaged or not safetensors, or lacks the embedding.
+        DataError: a weight file is absent, damaged or not safetensors, or lacks the embedding, or the embedding has
+            another shape than ``config.json`` says.
     """
+    require_gate(max_relative_error)
     folder = Path(source)
     target = None if dry_run else free_folder(output, folder)
     checkpoint = open_checkpoint(folder)
     model = _skeleton(folder)
     name, padding, tied = _embedding_of(model)
     key = _key_of(checkpoint, f"{name}.weight", model.base_model_prefix)
-    table = checkpoint.read(key)
+    table = _table_of(checkpoint, key, model)
     copy = _head_copy(checkpoint, model, table) if tied else None
     found = compress_embedding(
         table, rank, num_cores=num_cores, sweeps=sweeps, max_relative_error=None, id_permutation=id_permutation
@@ -163,7 +167,7 @@ def load_compressed(directory: str | Path, **arguments: Any) -> Any:
         The transformers model in evaluation mode.
 
     Raises:
-        DataError: the folder is not a compressed checkpoint, or damaged.
+        DataError: the folder is not a compressed checkpoint, is damaged, or lacks tensors of the model.
     """
     folder = Path(directory)
     record = _read_description(folder)
@@ -172,9 +176,18 @@ def load_compressed(directory: str | Path, **arguments: Any) -> Any:
         state |= tensors_of(folder / file)
     layer = _stored_layer(folder, record)
     state[record["key"]] = layer.stored_cores()[0].new_zeros(1).expand(layer.vocab_size, layer.d_model)
-    model = model_class(folder).from_pretrained(
-        None, config=AutoConfig.from_pretrained(str(folder)), state_dict=state, **arguments
+    model, loading = model_class(folder).from_pretrained(
+        None,
+        config=AutoConfig.from_pretrained(str(folder)),
+        state_dict=state,
+        **arguments,
+        output_loading_info=True,
     )
+    if loading["missing_keys"]:
+        lacking = ", ".join(sorted(loading["missing_keys"]))
+        raise DataError(
+            f"{folder}: expected every tensor of the model, but {lacking} is in no file; complete the source."
+        )
     old = model.get_submodule(record["module"]).weight
     layer = layer.to(device=old.device, dtype=old.dtype)
     if record["tied"]:
@@ -199,9 +212,12 @@ def save_compressed(model: Any, directory: str | Path) -> None:
         ConfigError: the model has no tensor-train embedding, or the folder is not free.
     """
     target = free_folder(directory, None)
-    layer = model.get_input_embeddings()
-    if not isinstance(layer, HolographicTTEmbedding):
-        raise ConfigError(f"save_compressed: expected a tensor-train embedding, got {type(layer).__name__}.")
+    layer = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else model
+    if not isinstance(model, PreTrainedModel) or not isinstance(layer, HolographicTTEmbedding):
+        raise ConfigError(
+            f"save_compressed: expected a model with a tensor-train embedding, got {type(layer).__name__}; "
+            "give it what load_compressed returned."
+        )
     head = model.get_output_embeddings()
     tied = isinstance(head, TensorTrainHead)
     name = _name_of(model, layer)
@@ -231,10 +247,16 @@ def _embedding_of(model: Any) -> tuple[str, int | None, bool]:
     """Return name, padding id and whether the head shares the table; refuse what does more than look up rows."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
-        raise ConfigError(f"{type(model).__name__}: expected a plain nn.Embedding for the ids, got {embedding}.")
+        raise ConfigError(
+            f"{type(model).__name__}: expected a plain nn.Embedding for the ids, got {embedding}; "
+            "a train would change what it does, so this model cannot be compressed."
+        )
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     if tied and (type(head) is not nn.Linear or head.bias is not None):
-        raise ConfigError(f"{type(model).__name__}: expected a tied head without bias, got {head}.")
+        raise ConfigError(
+            f"{type(model).__name__}: expected a tied head without bias, got {head}; untie it first: save the model "
+            "with tie_word_embeddings=False and a head of its own."
+        )
     return _name_of(model, embedding), embedding.padding_idx, tied
 
 
@@ -247,7 +269,21 @@ def _key_of(checkpoint: Checkpoint, key: str, prefix: str) -> str:
     for candidate in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"):
         if candidate in checkpoint.files:
             return candidate
-    raise DataError(f"{checkpoint.folder}: expected the embedding {key!r} among its {len(checkpoint.files)} tensors.")
+    raise DataError(
+        f"{checkpoint.folder}: expected the embedding {key!r} among its {len(checkpoint.files)} tensors; "
+        "complete the checkpoint."
+    )
+
+
+def _table_of(checkpoint: Checkpoint, key: str, model: Any) -> Tensor:
+    """Return the embedding; refuse one whose shape is not that of the model."""
+    table, expected = checkpoint.read(key), tuple(model.get_input_embeddings().weight.shape)
+    if table.shape != expected:
+        raise DataError(
+            f"{checkpoint.folder}: config.json makes {key!r} {expected}, the file holds {tuple(table.shape)}; "
+            "correct the configuration."
+        )
+    return table
 
 
 def _head_copy(checkpoint: Checkpoint, model: Any, table: Tensor) -> str | None:
@@ -256,7 +292,9 @@ def _head_copy(checkpoint: Checkpoint, model: Any, table: Tensor) -> str | None:
     if key not in checkpoint.files:
         return None
     if not torch.equal(checkpoint.read(key), table):
-        raise DataError(f"{checkpoint.folder}: config.json ties {key!r} to the embedding, but the two differ.")
+        raise DataError(
+            f"{checkpoint.folder}: config.json ties {key!r} to the embedding, but the two differ; untie them there."
+        )
     return key
 
 
@@ -314,7 +352,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); copy the folder again.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    needed = {"files", "module", "key", "tied"}
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not needed <= set(record):
         raise DataError(f"{path}: expected a description of format {FORMAT}, got {record!r:.80}.")
     return record
 

@@ -13,8 +13,9 @@ Cost: that of ``ops.tensor_train.rows``; only ids and cores are saved. Derivatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ from so8t_torch.nn.tensor_train_compression import Compressed, Permutation, fact
 from so8t_torch.ops import tensor_train
 from so8t_torch.ops.tensor_train.decomposition import check_factors
 
-__all__ = ["NOWHERE", "HolographicTTEmbedding", "without_autocast"]
+__all__ = ["NOWHERE", "HolographicTTEmbedding"]
 
 NOWHERE = -(2**31)
 """Position of padding and of ignored labels: outside every table, whatever the permutation."""
@@ -234,8 +235,9 @@ class HolographicTTEmbedding(nn.Module):
         """
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise DomainError(f"HolographicTTEmbedding: expected ids of an integer dtype, got {ids.dtype}.")
+        ids = ids.long()
         inside = (ids >= 0) & (ids < self.vocab_size)
-        placed = self.id_permutation[ids.clamp(0, self.vocab_size - 1).long()]
+        placed = self.id_permutation[ids.clamp(0, self.vocab_size - 1)]
         placed = torch.where(inside, placed, ids.clamp(min=-1))
         return placed if nowhere is None else torch.where(ids == nowhere, NOWHERE, placed)
 
@@ -257,25 +259,14 @@ class HolographicTTEmbedding(nn.Module):
         return f"{self.vocab_size}, {self.d_model}, ranks={self.ranks}, factors {factors}{padding}{kind}"
 
     def _rows(self, ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
-        with without_autocast(ids.device):
-            return tensor_train.rows(
-                self.positions(ids, self.padding_idx),
-                *cores,
-                vocab_size=self.vocab_size,
-                d_model=self.d_model,
-                padding_idx=None if self.padding_idx is None else NOWHERE,
-                backend=self.backend,
-            )
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which sums are carried in the dtype that the operation states.
-
-    Args:
-        device: where the operation runs.
-    """
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+        return tensor_train.rows(
+            self.positions(ids, self.padding_idx),
+            *cores,
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            padding_idx=None if self.padding_idx is None else NOWHERE,
+            backend=self.backend,
+        )
 
 
 def _scaled(first: Tensor, factor: Tensor) -> Tensor:
@@ -292,12 +283,15 @@ def _check_options(
     vocab_size: int, d_model: int, num_cores: int, init_scale: float, padding_idx: int | None, whole: bool, emit: str
 ) -> None:
     name = "HolographicTTEmbedding"
+    for n in (vocab_size, d_model, *(() if padding_idx is None else (padding_idx,))):
+        if not isinstance(n, Integral) or isinstance(n, bool):
+            raise ConfigError(f"{name}: expected whole numbers for vocab_size, d_model and padding_idx, got {n!r}.")
     if vocab_size < 1 or d_model < 1:
         raise ConfigError(f"{name}: expected vocab_size and d_model ≥ 1, got {vocab_size} and {d_model}.")
     if num_cores not in (2, 3):
         raise ConfigError(f"{name}: expected num_cores 2 or 3, got {num_cores}.")
-    if not init_scale > 0:
-        raise ConfigError(f"{name}: expected init_scale > 0, got {init_scale!r}.")
+    if not 0 < init_scale < math.inf:
+        raise ConfigError(f"{name}: expected a finite init_scale > 0, got {init_scale!r}.")
     if padding_idx is not None and not 0 <= padding_idx < vocab_size:
         raise ConfigError(f"{name}: expected padding_idx in [0, {vocab_size}), got {padding_idx}.")
     if emit not in ("real", "pair"):

@@ -29,7 +29,15 @@ from so8t_torch.ops import tensor_train
 from so8t_torch.ops.tensor_train.decomposition import bond_spectra
 from so8t_torch.ops.tensor_train.factors import balanced_factors, padded_factors
 
-__all__ = ["Compressed", "CompressionReport", "compress_embedding", "permutation_of", "rank_for_error", "require_error"]
+__all__ = [
+    "Compressed",
+    "CompressionReport",
+    "compress_embedding",
+    "permutation_of",
+    "ranks_for_error",
+    "require_error",
+    "require_gate",
+]
 
 Permutation = Literal["golden", "identity"] | Tensor
 
@@ -125,11 +133,16 @@ def compress_embedding(
         id_permutation: π, ``"golden"``, ``"identity"``, or a bijection of [0, V).
 
     Raises:
-        DomainError: the table is not finite, is all zero, or the error is above the gate; the text names the figure and
-            the rank that would reach it.
+        DomainError: the table is no finite real matrix, is all zero, or the error is above the gate; the text names
+            the figure and ranks that are enough.
         ConfigError: factors or ranks do not fit each other, sweeps is negative, or π is no bijection.
         ShapeError: the factors do not cover the table.
     """
+    if table.ndim != 2 or not table.is_floating_point():
+        raise DomainError(
+            f"compress_embedding: expected a real floating-point table (V, D), got {table.dtype} "
+            f"{tuple(table.shape)}; use ops.tensor_train.decompose for a complex one."
+        )
     started = time.perf_counter()
     size, width = table.shape
     factors = factors_of(size, width, num_cores, vocab_factors, feature_factors)
@@ -173,52 +186,77 @@ def require_error(report: CompressionReport, table: Tensor, max_relative_error: 
         max_relative_error: the gate, at least 0.
 
     Raises:
-        DomainError: the error is above; the text names it and the rank needed.
+        DomainError: the error is above; the text names it and ranks that are enough.
         ConfigError: the gate is negative or NaN.
     """
-    if not max_relative_error >= 0:
-        raise ConfigError(f"compress_embedding: expected max_relative_error ≥ 0, got {max_relative_error!r}.")
+    require_gate(max_relative_error)
     if report.relative_error <= max_relative_error:
         return
-    needed = rank_for_error(
+    ranks = ranks_for_error(
         table, max_relative_error, vocab_factors=report.vocab_factors, feature_factors=report.feature_factors
     )
-    sizes = zip((1, *(needed,) * len(report.ranks)), (*(needed,) * len(report.ranks), 1), strict=True)
+    sizes = zip((1, *ranks), (*ranks, 1), strict=True)
     parameters = sum(
         v * d * p * q for v, d, (p, q) in zip(report.vocab_factors, report.feature_factors, sizes, strict=True)
     )
+    rounding = torch.finfo(table.dtype).eps
+    limit = (
+        "" if max_relative_error >= rounding else f"; no rank goes below the rounding of {table.dtype}, {rounding:.1g}"
+    )
+    kind = "rank" if len(ranks) == 1 else "ranks"
+    found, enough = (", ".join(map(str, r)) for r in (report.ranks, ranks))
     raise DomainError(
         f"compress_embedding: expected a relative error of at most {max_relative_error:g}, got "
-        f"{report.relative_error:.4g} at rank {', '.join(map(str, report.ranks))}; this table needs a rank of about "
-        f"{needed}, with {parameters:,} parameters ({parameters / report.parameters_before:.0%} of the table). "
+        f"{report.relative_error:.4g} at {kind} {found}; {kind} {enough} would do, with {parameters:,} parameters "
+        f"({parameters / report.parameters_before:.0%} of the table), less perhaps by least squares{limit}. "
         "Raise the rank, or allow a larger error."
     )
 
 
-def rank_for_error(
+def require_gate(max_relative_error: float) -> None:
+    """Refuse a gate that is no number of at least 0.
+
+    Args:
+        max_relative_error: the gate.
+
+    Raises:
+        ConfigError: it is negative or NaN.
+    """
+    if not max_relative_error >= 0:
+        raise ConfigError(
+            f"compress_embedding: expected max_relative_error ≥ 0, got {max_relative_error!r}; 0.1 is the default."
+        )
+
+
+def ranks_for_error(
     table: Float[Tensor, "v d"],
     relative_error: float,
     *,
     vocab_factors: Sequence[int],
     feature_factors: Sequence[int],
-) -> int:
-    """Return the least rank whose truncation of the zero-padded table reaches a relative error at every bond.
+) -> tuple[int, ...]:
+    """Return ranks at which the decomposition reaches a relative error: each bond may leave out ε² ‖E‖² / (K − 1).
 
     Args:
         table: E, (V, D), finite.
-        relative_error: in units of ‖E‖.
+        relative_error: ε, in units of ‖E‖; what rounding leaves comes on top.
         vocab_factors: v_1 … v_K.
         feature_factors: d_1 … d_K.
 
     Returns:
-        For two cores the exact answer, up to what the padding lets the refinement gain; for more a lower bound.
+        One rank for each bond. For two cores that cover the table exactly the least one; otherwise least squares
+        (which need not fit what is padded) or other shares of the bonds may do with less.
     """
-    needed = 1
-    for spectrum in bond_spectra(table, vocab_factors=vocab_factors, feature_factors=feature_factors):
+    spectra = bond_spectra(table, vocab_factors=vocab_factors, feature_factors=feature_factors)
+    needed = []
+    for spectrum in spectra:
         left_out = spectrum.flip(0).cumsum(0).flip(0)
-        allowed = max(relative_error**2, torch.finfo(spectrum.dtype).eps * len(spectrum)) * left_out[0]
-        needed = max(needed, int((left_out > allowed).sum()))
-    return needed
+        share = max(relative_error**2 / len(spectra), torch.finfo(spectrum.dtype).eps * len(spectrum))
+        needed.append(max(1, int((left_out > share * left_out[0]).sum())))
+    sizes = [v * d for v, d in zip(vocab_factors, feature_factors, strict=True)]
+    for k, rank in enumerate(needed):
+        needed[k] = min(rank, (needed[k - 1] if k else 1) * sizes[k])
+    return tuple(needed)
 
 
 def permutation_of(kind: Permutation, size: int, device: torch.device | str | None = None) -> Int[Tensor, " v"]:
@@ -280,7 +318,12 @@ def ranks_of(rank: int | Sequence[int], num_cores: int) -> tuple[int, ...]:
     Args:
         rank: one for all, or one for each.
         num_cores: K.
+
+    Raises:
+        ConfigError: it is neither a whole number nor a sequence.
     """
+    if not isinstance(rank, (int, Sequence)):
+        raise ConfigError(f"expected a whole number for the rank, or one for each bond, got {rank!r}.")
     return (rank,) * (num_cores - 1) if isinstance(rank, int) else tuple(rank)
 
 

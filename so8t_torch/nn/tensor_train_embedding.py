@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor, nn
 
-from so8t_torch.core.errors import ConfigError, ShapeError
+from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.nn.tensor_train_compression import compress_embedding
 from so8t_torch.ops import tensor_train
@@ -55,7 +55,7 @@ def tt_contraction_memory_efficient(
         block_size: accepted for callers of the original, at least 1; tiles come from the tile table.
 
     Raises:
-        DomainError: an index is out of range.
+        DomainError: an index is out of range or no whole number.
         ShapeError: the cores do not fit each other, idx1 or d_model.
         ConfigError: block_size is below 1.
     """
@@ -66,8 +66,14 @@ def tt_contraction_memory_efficient(
             f"tt_contraction_memory_efficient: expected indices of one shape, got {tuple(idx1.shape)} and "
             f"{tuple(idx2.shape)}."
         )
+    if any(x.is_floating_point() or x.is_complex() or x.dtype == torch.bool for x in (idx1, idx2)):
+        raise DomainError(
+            f"tt_contraction_memory_efficient: expected indices of an integer dtype, got {idx1.dtype} and "
+            f"{idx2.dtype}; convert them."
+        )
+    idx1, idx2 = idx1.long(), idx2.long()
     inside = (idx1 >= 0) & (idx1 < core1.shape[0]) & (idx2 >= 0) & (idx2 < core2.shape[0])
-    ids = torch.where(inside, idx1.long() * core2.shape[0] + idx2, -1)
+    ids = torch.where(inside, idx1 * core2.shape[0] + idx2, -1)
     return tensor_train.rows(ids, core1, core2, d_model=d_model, backend="auto" if use_triton else "eager")
 
 
@@ -115,7 +121,7 @@ def replace_embedding_with_htt(
     Raises:
         ValueError: the model has no such attribute (a ConfigError), or the predicate chooses nothing.
         TypeError: it is not an ``nn.Embedding``, or one whose lookup does more than return a row.
-        DomainError: the error is above the gate; the text names the rank that would do.
+        DomainError: the error is above the gate; the text names ranks that are enough.
     """
     if initialise not in ("decompose", "random"):
         raise ConfigError(f"expected initialise 'decompose' or 'random', got {initialise!r}.")

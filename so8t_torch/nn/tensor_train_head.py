@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from so8t_torch.core.errors import ConfigError, DomainError
-from so8t_torch.nn.holographic_embedding import NOWHERE, HolographicTTEmbedding, without_autocast
+from so8t_torch.nn.holographic_embedding import NOWHERE, HolographicTTEmbedding
 from so8t_torch.ops import tensor_train
 
 __all__ = ["TensorTrainHead"]
@@ -58,8 +58,7 @@ class TensorTrainHead(nn.Module):
             DomainError: the width is not d_model.
         """
         hidden, cores = self._operands(hidden)
-        with without_autocast(hidden.device):
-            placed = tensor_train.logits(hidden, *cores, vocab_size=self.embedding.vocab_size, backend=self._tiles())
+        placed = tensor_train.logits(hidden, *cores, vocab_size=self.embedding.vocab_size, backend=self._tiles())
         return placed.index_select(-1, self.embedding.id_permutation)
 
     def last_logits(self, hidden: Float[Tensor, "*batch t d"]) -> Float[Tensor, "*batch v"]:
@@ -93,15 +92,14 @@ class TensorTrainHead(nn.Module):
         if reduction not in ("mean", "sum", "none"):
             raise ConfigError(f"TensorTrainHead: expected reduction 'mean', 'sum' or 'none', got {reduction!r}.")
         hidden, cores = self._operands(hidden)
-        with without_autocast(hidden.device):
-            losses = tensor_train.cross_entropy(
-                hidden,
-                self.embedding.positions(labels, ignore_index),
-                *cores,
-                vocab_size=self.embedding.vocab_size,
-                ignore_index=NOWHERE,
-                backend=self._loss_backend(),
-            )
+        losses = tensor_train.cross_entropy(
+            hidden,
+            self.embedding.positions(labels, ignore_index),
+            *cores,
+            vocab_size=self.embedding.vocab_size,
+            ignore_index=NOWHERE,
+            backend=self._loss_backend(),
+        )
         if reduction == "none":
             return losses
         return losses.sum() if reduction == "sum" else losses.sum() / (labels != ignore_index).sum()
@@ -124,8 +122,7 @@ class TensorTrainHead(nn.Module):
         """
         hidden, cores = self._operands(hidden)
         size = self.embedding.vocab_size
-        with without_autocast(hidden.device):
-            values, places = tensor_train.topk(hidden, *cores, k=k, vocab_size=size, backend=self._tiles())
+        values, places = tensor_train.topk(hidden, *cores, k=k, vocab_size=size, backend=self._tiles())
         return values, self.embedding.id_permutation.argsort()[places]
 
     def _operands(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 from typer.testing import CliRunner
 
 from so8t_torch import cli
-from so8t_torch.models.compression import CheckpointReport, compress_checkpoint, load_compressed, save_compressed
 from so8t_torch.core.errors import ConfigError, DataError, DomainError
+from so8t_torch.models import compression
+from so8t_torch.models.compression import CheckpointReport, compress_checkpoint, load_compressed, save_compressed
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
-from so8t_torch.nn.tensor_train_compression import compress_embedding, permutation_of, rank_for_error
+from so8t_torch.nn.tensor_train_compression import compress_embedding, permutation_of, ranks_for_error
 from so8t_torch.nn.tensor_train_head import TensorTrainHead
 
 V, D, RANK = 250, 24, 3
@@ -120,7 +122,7 @@ def test_the_sizes_reported_are_those_on_disk(checkpoint, tmp_path):
 
 def test_a_compression_above_the_gate_is_refused_with_the_rank_needed_and_writes_nothing(checkpoint, tmp_path):
     source = checkpoint()
-    with pytest.raises(DomainError, match=r"at most 0\.05, got 0\.\d+ at rank 1; this table needs a rank of about \d"):
+    with pytest.raises(DomainError, match=r"at most 0\.05, got 0\.\d+ at rank 1; rank \d+ would do"):
         compress_checkpoint(source, tmp_path / "deep/out", rank=1, max_relative_error=0.05)
     assert not (tmp_path / "deep/out").exists()
     dry = compress_checkpoint(source, rank=1, max_relative_error=0.05, dry_run=True)
@@ -132,12 +134,23 @@ def test_the_rank_needed_is_the_least_that_reaches_the_error():
     factors = {"vocab_factors": (16, 16), "feature_factors": (4, 6)}
     placed = torch.empty_like(table)
     placed[permutation_of("golden", V).long()] = table
-    needed = rank_for_error(placed, 0.4, **factors)
+    (needed,) = ranks_for_error(placed, 0.4, **factors)
     errors = [
         compress_embedding(table, r, sweeps=0, max_relative_error=None, **factors).report.relative_error
         for r in (needed - 1, needed)
     ]
     assert errors[1] <= 0.4 < errors[0]
+
+
+def test_the_ranks_named_for_three_cores_are_enough():
+    table = torch.randn(V, D, generator=torch.Generator().manual_seed(5)) * torch.linspace(1, 0.01, D)
+    with pytest.raises(DomainError, match=r"at ranks 2, 2; ranks \d+, \d+ would do") as refused:
+        compress_embedding(table, 2, num_cores=3, max_relative_error=0.3)
+    ranks = [int(n) for n in re.search(r"ranks (\d+), (\d+) would do", str(refused.value)).groups()]
+    assert ranks[0] != ranks[1]
+    compress_embedding(table, ranks, num_cores=3, sweeps=0, max_relative_error=0.3)
+    with pytest.raises(DomainError, match=r"no rank goes below the rounding of torch\.float32"):
+        compress_embedding(table, 2, max_relative_error=0.0)
 
 
 @pytest.mark.parametrize("cores", [2, 3])
@@ -214,6 +227,66 @@ def test_an_output_that_is_taken_or_inside_the_source_is_refused(checkpoint, tmp
         with pytest.raises(ConfigError, match=match):
             compress_checkpoint(source, output, rank=RANK)
     assert (taken / "file").read_text(encoding="utf-8") == "mine"
+    (tmp_path / "inward").symlink_to(source)
+    with pytest.raises(ConfigError, match="outside the source"):
+        compress_checkpoint(source, tmp_path / "inward/out", rank=RANK)
+    with pytest.raises(ConfigError, match="another place"):
+        compress_checkpoint(source, taken / "file/out", rank=RANK)
+
+
+def test_a_linked_output_is_written_where_the_link_leads(checkpoint, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    report = compress_checkpoint(checkpoint(), tmp_path / "link", rank=RANK)
+    assert report.output == str((tmp_path / "real").resolve())
+    assert (tmp_path / "link").is_symlink()
+    assert load_compressed(tmp_path / "link").get_input_embeddings().ranks == (RANK,)
+
+
+def test_an_interrupted_run_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    source = checkpoint()
+    before = {p.name for p in tmp_path.iterdir()}
+    monkeypatch.setattr(compression, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(source, tmp_path / "out", rank=RANK)
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("gate", [-1.0, math.nan])
+def test_a_gate_that_is_none_is_refused_in_a_dry_run_too(checkpoint, gate):
+    with pytest.raises(ConfigError, match="max_relative_error"):
+        compress_checkpoint(checkpoint(), rank=RANK, max_relative_error=gate, dry_run=True)
+
+
+def test_an_incomplete_source_or_another_shape_is_named(checkpoint, tmp_path):
+    source = checkpoint("llama", True)
+    state = load_file(source / "model.safetensors")
+    lacking = {key: tensor for key, tensor in state.items() if key != "model.norm.weight"}
+    save_file(lacking, source / "model.safetensors", {"format": "pt"})
+    compress_checkpoint(source, tmp_path / "out", rank=RANK)
+    with pytest.raises(DataError, match=r"model\.norm\.weight"):
+        load_compressed(tmp_path / "out")
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:-1].clone()
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"\(250, 24\), the file holds \(249, 24\)"):
+        compress_checkpoint(source, dry_run=True)
+
+
+def test_an_index_that_does_not_say_the_truth_is_named(checkpoint):
+    source = checkpoint("llama", False, max_shard_size="20KB")
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    held = index["weight_map"]["model.embed_tokens.weight"]
+    for wrong, match in (
+        (next(name for name in index["weight_map"].values() if name != held), "index places there"),
+        (3, "not a file"),
+    ):
+        path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.embed_tokens.weight": wrong}}))
+        with pytest.raises(DataError, match=match):
+            compress_checkpoint(source, dry_run=True)
 
 
 def test_a_damaged_or_foreign_source_is_named(checkpoint, tmp_path):
@@ -283,6 +356,8 @@ def test_the_command_prints_tables_and_says_by_its_status_whether_the_error_is_s
     dry = run.invoke(cli.app, ["compress-embedding", str(source), "--rank", "1", "--dry-run"])
     assert dry.exit_code == 1
     assert "refused" in dry.output
+    more = ["--cores", "3", "--rank", "4", "--rank", "6", "--dry-run"]
+    assert "4, 6" in run.invoke(cli.app, ["compress-embedding", str(source), *more]).output
     refused = run.invoke(cli.app, ["compress-embedding", str(source), "--out", str(tmp_path / "no"), "--rank", "1"])
     assert isinstance(refused.exception, DomainError)
     assert not (tmp_path / "no").exists()

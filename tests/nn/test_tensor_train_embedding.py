@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
-from so8t_torch.nn.tensor_train_compression import permutation_of
+from so8t_torch.nn.tensor_train_compression import compress_embedding, permutation_of
 from so8t_torch.nn.tensor_train_embedding import (
     calculate_htt_memory_savings,
     create_htt_embedding,
@@ -151,6 +151,25 @@ def test_ids_that_are_no_whole_numbers_are_refused():
     for ids in (torch.tensor([1.0]), torch.tensor([True])):
         with pytest.raises(DomainError, match="integer"):
             layer(ids)
+        with pytest.raises(DomainError, match="integer"):
+            tt_contraction_memory_efficient(ids, ids, *layer.cores(), D)
+
+
+def test_narrow_ids_do_not_wrap_around():
+    layer = HolographicTTEmbedding(300, D, 4, padding_idx=200)
+    ids = torch.tensor([127, 5, -56], dtype=torch.int8)
+    assert torch.equal(layer(ids[:2]), layer(ids[:2].long()))
+    with pytest.raises(DomainError, match="ids"):
+        layer(ids)
+    wide = torch.randn(300, 1, 3, 4), torch.randn(2, 3, 1, 6)
+    with pytest.raises(DomainError, match="ids"):
+        tt_contraction_memory_efficient(ids[2:], torch.zeros_like(ids[2:]), *wide, D)
+
+
+def test_a_complex_table_is_not_compressed_by_its_real_part():
+    for table in (torch.randn(V, D, dtype=torch.complex64), torch.ones(V, D, dtype=torch.long), torch.randn(V)):
+        with pytest.raises(DomainError, match="real floating-point table"):
+            compress_embedding(table)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 90, 97, 32064])
@@ -249,6 +268,8 @@ def test_compiled_whole_it_gives_the_same_rows_and_gradients():
         ((V, D, 0), ConfigError, "rank"),
         ((V, D, (4, 4)), ConfigError, "ranks"),
         ((V, 23), ConfigError, "23"),
+        ((90.0, D), ConfigError, "whole numbers"),
+        ((V, D, 4, 2, True, math.inf), ConfigError, "init_scale"),
         ((V, D, 4, 2, True, 0.0), ConfigError, "init_scale"),
     ],
 )
@@ -262,8 +283,9 @@ def test_factors_may_be_given_and_must_cover_the_table():
     assert relative(layer.dense_table(), by_hand(layer)) < 1e-12
     with pytest.raises(ShapeError, match="cover"):
         HolographicTTEmbedding(V, D, 2, vocab_factors=(9, 9))
-    with pytest.raises(ConfigError, match="padding_idx"):
-        HolographicTTEmbedding(V, D, 2, padding_idx=V)
+    for padding in (V, 1.5):
+        with pytest.raises(ConfigError, match="padding_idx"):
+            HolographicTTEmbedding(V, D, 2, padding_idx=padding)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -339,7 +361,7 @@ def test_a_table_that_does_not_fit_is_refused_with_the_rank_that_would_and_nothi
     model = Model()
     nn.init.normal_(model.position_embedding.weight)
     before = model.token_embedding
-    with pytest.raises(DomainError, match=r"got 0\.\d+ at rank 1; this table needs a rank of about \d+"):
+    with pytest.raises(DomainError, match=r"got 0\.\d+ at rank 1; rank \d+ would do"):
         replace_embedding_with_htt(model, config={"htt_rank": 1}, predicate=lambda *_: True)
     assert model.token_embedding is before
     fresh = replace_embedding_with_htt(model, "position_embedding", {"htt_rank": 1}, initialise="random")

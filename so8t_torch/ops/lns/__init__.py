@@ -220,7 +220,7 @@ def matmul(
     Numerics: |Δ log| ≤ u (K + ln K + 16 + |log c − a_i − b_j|) κ plus the rounding of the result; the sign is exact
         unless ``matmul_report`` says undecided.
     """
-    arguments.check_factors("matmul", log_a, log_b, sign_a, sign_b)
+    arguments.check_signed("matmul", sign_a, log_a, sign_b, log_b)
     arguments.check_options("matmul", mode, cancellation_guard)
     return _run((sign_a, log_a, sign_b, log_b), mode, cancellation_guard, backend)
 
@@ -248,7 +248,7 @@ def condition_number(
     Raises:
         ShapeError, DomainError, BackendError: as ``matmul``.
     """
-    arguments.check_factors("condition_number", log_a, log_b, sign_a, sign_b)
+    arguments.check_signed("condition_number", sign_a, log_a, sign_b, log_b)
     with torch.no_grad():
         a, b = eager.masked(sign_a, log_a.double()), eager.masked(sign_b, log_b.double())
         size = _run((sign_a.abs(), a, sign_b.abs(), b), "sum", 0.0, backend)[1]
@@ -280,10 +280,15 @@ def matmul_report(
     Raises:
         ShapeError, DomainError, BackendError: as ``matmul``.
     """
-    arguments.check_factors("matmul_report", log_a, log_b, sign_a, sign_b)
+    arguments.check_signed("matmul_report", sign_a, log_a, sign_b, log_b)
     chosen = choose("matmul_report", backend, _candidates(log_a, log_b)[:2])
     with torch.no_grad():
         flat, shape = arguments.flatten((sign_a, log_a, sign_b, log_b))
+        if 0 in (*shape, log_a.shape[-1]):
+            sign, log = (x.reshape(shape) for x in _nothing(flat))
+            return Report(
+                sign, log.to(log_a.dtype), torch.zeros_like(sign), sign != 0, torch.ones_like(log, dtype=log_a.dtype)
+            )
         found = autograd.product(*flat, "sum", chosen)
         sign, log, rung, undecided = (x.reshape(shape) for x in (found.sign, found.log, found.rung, found.undecided))
         condition = torch.ones(shape, dtype=log_a.dtype, device=log_a.device)

@@ -41,6 +41,8 @@ def flatten(factors: Factors) -> tuple[Factors, tuple[int, ...]]:
 def check_floating(name: str, *tensors: Tensor) -> None:
     """Raise unless the tensors are of real floating dtypes."""
     for x in tensors:
+        if not isinstance(x, Tensor):
+            raise DomainError(f"{name}: expected tensors, got {type(x).__name__}; convert it with torch.as_tensor.")
         if not x.is_floating_point():
             raise DomainError(f"{name}: expected a real floating-point dtype, got {x.dtype}; convert it first.")
 
@@ -48,6 +50,8 @@ def check_floating(name: str, *tensors: Tensor) -> None:
 def check_numbers(name: str, sign: Tensor, log: Tensor) -> None:
     """Raise unless sign and log are the two parts of one tensor of numbers."""
     check_floating(name, log)
+    if not isinstance(sign, Tensor):
+        raise DomainError(f"{name}: expected an int8 tensor of signs, got {sign!r}; take them from encode.")
     if sign.dtype != torch.int8:
         raise DomainError(f"{name}: expected signs −1, 0, +1 of dtype int8, got {sign.dtype}; take them from encode.")
     if sign.shape != log.shape:
@@ -70,14 +74,16 @@ def _broadcast(name: str, a: Sequence[int], b: Sequence[int]) -> None:
             raise ShapeError(f"{name}: expected shapes that broadcast, got {tuple(a)} and {tuple(b)}.")
 
 
-def check_factors(
-    name: str, log_a: Tensor, log_b: Tensor, sign_a: Tensor | None = None, sign_b: Tensor | None = None
-) -> None:
-    """Raise unless the factors are (…, M, K) and (…, K, N) of one dtype on one device, with signs of their shapes."""
-    for sign, log in ((sign_a, log_a), (sign_b, log_b)):
-        check_floating(name, log)
-        if sign is not None:
-            check_numbers(name, sign, log)
+def check_signed(name: str, sign_a: Tensor, log_a: Tensor, sign_b: Tensor, log_b: Tensor) -> None:
+    """Raise unless the factors are those of a product and each has signs of its shape."""
+    check_numbers(name, sign_a, log_a)
+    check_numbers(name, sign_b, log_b)
+    check_factors(name, log_a, log_b)
+
+
+def check_factors(name: str, log_a: Tensor, log_b: Tensor) -> None:
+    """Raise unless the logs are (…, M, K) and (…, K, N) of one real floating dtype on one device."""
+    check_floating(name, log_a, log_b)
     if log_a.ndim < 2 or log_b.ndim < 2 or log_a.shape[-1] != log_b.shape[-2]:
         raise ShapeError(
             f"{name}: expected factors (..., M, K) and (..., K, N), got {tuple(log_a.shape)} and {tuple(log_b.shape)}; "

@@ -1,7 +1,8 @@
 """Registration of the sign–log product with ``torch.library``: one node each for ``torch.compile``, ladder included.
 
-Saved are the operands, the result, and on the CPU the linear product S, from which the gradient is two GEMMs. The
-gradient has its own backward, made of plain operations in float64, so that derivatives of every order exist.
+Saved are the operands, the result, and what makes the gradient two exact GEMMs: on the CPU the linear product S, with
+the kernels what rounding left out of the logs. The gradient has its own backward, made of plain operations in float64,
+so that derivatives of every order exist.
 Forward-mode derivatives do not pass through a registered operation; the public functions take the plain form there.
 """
 
@@ -25,9 +26,9 @@ def product(
     if backend == "triton":
         from so8t_torch.ops.lns import kernels
 
-        sign, log, rung = kernels.matmul(sign_a, log_a, sign_b, log_b, mode)
-        nothing = log.new_empty(0)
-        return ladder.Product(nothing.to(torch.int8) if sign is None else sign, log, nothing, rung.abs(), rung < 0)
+        sign, log, low, rung = kernels.matmul(sign_a, log_a, sign_b, log_b, mode)
+        nothing = log.new_empty(0, dtype=torch.int8)
+        return ladder.Product(nothing if sign is None else sign, log, low, rung.abs(), rung < 0)
     with _exact_float32():
         return ladder.matmul(ladder.operands(sign_a, log_a, sign_b, log_b))
 
@@ -47,7 +48,7 @@ def _gradient(
 
         if mode == "max":
             return kernels.max_backward(g, *factors)
-        return kernels.matmul_backward(g, None, *factors, None if sign_a is None else sign_c, log_c)
+        return kernels.matmul_backward(g, None, *factors, None if sign_a is None else sign_c, log_c, scaled)
     with _exact_float32():
         return gradient.matmul(g, ladder.operands(*factors), scaled, log_c)
 
@@ -85,7 +86,6 @@ in_range = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor log_a, Tensor log_b, Tensor total) -> Tensor",
 )
-refuse_tangents(matmul, matmul_gradient, search, in_range)
 
 
 @in_range.register_fake
@@ -94,12 +94,10 @@ def _(_log_a: Tensor, _log_b: Tensor, total: Tensor) -> Tensor:
 
 
 @matmul.register_fake
-def _(
-    sign_a: Tensor | None, log_a: Tensor, _sign_b: Any, log_b: Tensor, _mode: str, backend: str
-) -> tuple[Tensor, ...]:
+def _(sign_a: Tensor | None, log_a: Tensor, _sign_b: Any, log_b: Tensor, *_: Any) -> tuple[Tensor, ...]:
     log = log_a.new_empty(*log_a.shape[:-1], log_b.shape[-1])
     sign = log_a.new_empty(0 if sign_a is None else log.shape, dtype=torch.int8)
-    return log, sign, log_a.new_empty(0) if backend == "triton" else torch.empty_like(log)
+    return log, sign, torch.empty_like(log)
 
 
 @matmul_gradient.register_fake
@@ -143,6 +141,7 @@ def _gradient_backward(ctx: Any, along_a: Tensor, along_b: Tensor) -> tuple[Tens
 
 matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
 matmul_gradient.register_autograd(_gradient_backward, setup_context=_save_gradient)
+refuse_tangents("lns_matmul", "lns_matmul_gradient", "lns_search", "lns_in_range")
 
 
 @contextmanager

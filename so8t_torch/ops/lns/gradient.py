@@ -3,9 +3,10 @@
     w_ikj = s_a s_b s_c exp(A_ik + B_kj − C_ij),  Σ_k w_ikj = 1      Ā_ik = Σ_j g_ij w_ikj,  B̄_kj = Σ_i g_ij w_ikj
     W = g / S,   Ā = E ∘ (W Fᵀ),   B̄ = F ∘ (Eᵀ W)
 
-Symbols as in ladder.py; S is saved by the forward, +∞ where it was rejected, so that those outputs weigh nothing here
-and are added afterwards in float64: by GEMMs where its range suffices, else term by term. The acceptance test bounds
-what a lost factor would have weighed by u. g is scaled to at most 1 where it is larger, so that nothing overflows.
+Symbols as in ladder.py; S is saved by the forward, from whichever rung, and +∞ where it is lost in the floor of
+the first: those outputs weigh nothing here and are added afterwards in float64, by GEMMs where its range suffices,
+else term by term. Above the floor a lost factor would have weighed at most u. g is scaled to at most 1 where it is
+larger, so that nothing overflows on any rung.
 Derivation: docs/math/lns.md.
 """
 
@@ -27,18 +28,21 @@ def matmul(g: Tensor, x: Operands, scaled: Tensor, log_c: Tensor) -> tuple[Tenso
     """Return the gradients of A (batch, M, K) and B (batch, K, N) for g = ∂/∂C (batch, M, N)."""
     lowest, highest = torch.aminmax(g)
     scale = _scale(float(torch.maximum(-lowest, highest)))
-    weight = torch.div(g, scaled) if scale == 1.0 else torch.mul(g, scale).div_(scaled)
-    left, right = ladder.factors(x, ladder.shifts(x.log_a, -1), ladder.shifts(x.log_b, -2))
-    da = torch.matmul(weight, right.mT).mul_(left)
-    db = torch.matmul(left.mT, weight).mul_(right)
-    if scale != 1.0:
-        da.div_(scale)
-        db.div_(scale)
+    g = g if scale == 1.0 else g * scale
+    weight = torch.div(g, scaled)
+    da, db = torch.empty_like(x.log_a), torch.empty_like(x.log_b)
+    for part, left, right in ladder.panels(x, ladder.shifts(x.log_a, -1), ladder.shifts(x.log_b, -2)):
+        torch.mul(torch.matmul(weight, right.mT), left, out=da[..., part])
+        torch.matmul(left.mT, weight, out=db[..., part, :]).mul_(right)
     if not bool(scaled.amax() < math.inf):
-        rejected = (scaled == math.inf).logical_and_(log_c != -math.inf).nonzero()
+        rejected = (scaled == math.inf).nonzero()
+        rejected = rejected[log_c[rejected.unbind(1)] != -math.inf]
         for index in rejected[:, 0].unique().tolist():
             _, i, j = rejected[rejected[:, 0] == index].unbind(1)
             _add_rejected(g[index, i, j], x.item(index), Entries(i, j, i == i), da[index], db[index])
+    if scale != 1.0:
+        da.div_(scale)
+        db.div_(scale)
     return da, db
 
 
@@ -53,13 +57,15 @@ def _add_rejected(g: Tensor, x: Operands, rejected: Entries, da: Tensor, db: Ten
     """Add the part of the rejected outputs (n) of one batch item to the gradients, in float64."""
     if x.log_a.dtype != torch.float64 and rejected.worth_a_product(x):
         rows, columns, row, column = rejected.frame(x)
-        part = ladder.rescale(x.block(rows, columns, torch.float64))
-        total = part.total[row, column]
-        accepted = total.abs() > part.bound.expand_as(part.total)[row, column]
-        weight = torch.zeros_like(part.total)
+        part = x.block(rows, columns, torch.float64)
+        found = ladder.rescale(part)
+        total = found.total[row, column]
+        accepted = total.abs() > found.bound.expand_as(found.total)[row, column]
+        weight = torch.zeros_like(found.total)
         weight[row[accepted], column[accepted]] = g[accepted] / total[accepted]
-        da.index_add_(0, rows, (weight @ part.right.mT).mul_(part.left).to(da.dtype))
-        db.index_add_(1, columns, (part.left.mT @ weight).mul_(part.right).to(db.dtype))
+        for terms, left, right in ladder.panels(part, found.shift_a, found.shift_b):
+            da[:, terms].index_add_(0, rows, (weight @ right.mT).mul_(left).to(da.dtype))
+            db[terms].index_add_(1, columns, (left.mT @ weight).mul_(right).to(db.dtype))
         g, rejected = g[~accepted], rejected.where(~accepted)
     done = 0
     for (i, j), total, _, _, terms in ladder.streamed(x, rejected):

@@ -73,24 +73,26 @@ class Operands(NamedTuple):
 
 
 class Rescaled(NamedTuple):
-    """Linear factors, their product and what it takes to accept it; the true product is exp(shift) times larger."""
+    """The product of linear factors and what it takes to accept it; the true product is exp(shift) times larger."""
 
-    left: Tensor
-    right: Tensor
     total: Tensor
     shift_a: Tensor
     shift_b: Tensor
     bound: Tensor
     floor: float
+    boost: float
 
     @property
     def shift(self) -> Tensor:
-        """The exact sums a_i + b_j."""
-        return self.shift_a + self.shift_b
+        """The sums a_i + b_j − 2β, exact in float64 also where the shifts' own dtype would round them."""
+        return self.shift_a.double() + self.shift_b.double() - 2 * self.boost
 
 
 class Product(NamedTuple):
-    """One product: ``scaled`` is S of the first rung, +∞ where it was not accepted; ``sign`` is empty without signs."""
+    """One product; ``sign`` is empty without signs.
+
+    ``scaled`` is S in units of exp(a_i + b_j), from whichever rung, +∞ where that is zero or lost in the floor.
+    """
 
     sign: Tensor
     log: Tensor
@@ -148,68 +150,88 @@ def _lowest(dtype: torch.dtype) -> float:
 
 
 def rescale(x: Operands, boost: float = 0.0, sharp: bool = True) -> Rescaled:
-    """Return the factors, their real product and what an entry of it must exceed to be accepted.
+    """Return the real product of the factors and what an entry of it must exceed to be accepted.
 
     With signs Σ|terms| is a second product if ``sharp``, else the Cauchy–Schwarz bound of it.
     """
-    shift_a, shift_b = shifts(x.log_a, -1) - boost, shifts(x.log_b, -2) - boost
-    left, right = factors(x, shift_a, shift_b)
-    dtype, terms = left.dtype, left.shape[-1]
+    shift_a, shift_b = shifts(x.log_a, -1), shifts(x.log_b, -2)
+    dtype, terms = x.log_a.dtype, x.log_a.shape[-1]
     roundoff = torch.finfo(dtype).eps / 2
     floor = terms * math.exp(boost - EXPONENT_RANGE[dtype]) / roundoff
+    total = x.log_a.new_empty(*x.log_a.shape[:-1], x.log_b.shape[-1])
     if not x.signed:
-        total = torch.matmul(left, right)
-        return Rescaled(left, right, total, shift_a, shift_b, left.new_tensor(floor), floor)
+        for part, left, right in panels(x, shift_a, shift_b, boost):
+            _add_product(total, left, right, first=part.start == 0)
+        return Rescaled(total, shift_a, shift_b, total.new_tensor(floor), floor, boost)
     slack = roundoff * (min(terms, PANEL) + math.ceil(terms / PANEL) + math.log(terms) + 16 + 2 * boost)
-    total = _by_panels(left, right)
-    if sharp:
-        slack += roundoff * EXPONENT_RANGE[dtype]
-        bound = _by_panels(left.abs(), right.abs()).mul_(slack).add_(floor)
+    square_a, square_b, bound = torch.zeros_like(shift_a), torch.zeros_like(shift_b), torch.empty_like(total)
+    size = torch.zeros_like(total) if sharp else None
+    for part, left, right in panels(x, shift_a, shift_b, boost):
+        if part.start == 0:
+            torch.matmul(left, right, out=total)
+        else:
+            total.add_(torch.matmul(left, right, out=bound))
+        if size is None:
+            square_a += left.square().sum(-1, keepdim=True)
+            square_b += right.square().sum(-2, keepdim=True)
+        else:
+            size.add_(torch.matmul(left.abs_(), right.abs_(), out=bound))
+    if size is not None:
+        bound = size.mul_(slack + roundoff * EXPONENT_RANGE[dtype]).add_(floor)
     else:
-        norm_a = torch.linalg.vector_norm(left, dim=-1, keepdim=True).mul_(slack)
-        bound = (norm_a * right.square().sum(-2, keepdim=True).sqrt_()).add_(floor)
-    return Rescaled(left, right, total, shift_a, shift_b, bound, floor)
+        torch.mul(square_a.sqrt_().mul_(slack), square_b.sqrt_(), out=bound).add_(floor)
+    return Rescaled(total, shift_a, shift_b, bound, floor, boost)
 
 
-def _by_panels(left: Tensor, right: Tensor) -> Tensor:
-    """Return E F summed by panels of k, whose worst rounding error is that of a chain of PANEL + K/PANEL terms."""
-    terms = left.shape[-1]
-    total = torch.matmul(left[..., :PANEL], right[..., :PANEL, :])
-    part = torch.empty_like(total) if terms > PANEL else total
-    for start in range(PANEL, terms, PANEL):
-        panel = slice(start, start + PANEL)
-        total.add_(torch.matmul(left[..., panel], right[..., panel, :], out=part))
-    return total
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Add a product of factors without signs to the total, which nothing is in at first."""
+    add = total.addmm_ if total.ndim == 2 else total.baddbmm_
+    add(left, right, beta=0 if first else 1)
 
 
-def factors(x: Operands, shift_a: Tensor, shift_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return E = s exp(A − a) and F = s exp(B − b)."""
-    left = torch.sub(x.log_a, shift_a).exp_()
-    right = torch.sub(x.log_b, shift_b).exp_()
-    if x.sign_a is not None and x.sign_b is not None:
-        left.mul_(x.sign_a)
-        right.mul_(x.sign_b)
-    return left, right
+def panels(x: Operands, shift_a: Tensor, shift_b: Tensor, boost: float = 0.0) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield E = s exp(A − a + β) and F = s exp(B − b + β), PANEL values of k at a time, each over the one before.
+
+    β is added last: a − β would be rounded where a is large, and E be out of range.
+    """
+    terms = x.log_a.shape[-1]
+    width = min(terms, PANEL)
+    rows = x.log_a.new_empty(*x.log_a.shape[:-1], width)
+    columns = x.log_b.new_empty(*x.log_b.shape[:-2], width, x.log_b.shape[-1])
+    for start in range(0, terms, PANEL):
+        part = slice(start, min(start + PANEL, terms))
+        own = x.terms(part)
+        left = torch.sub(own.log_a, shift_a, out=rows[..., : part.stop - start])
+        right = torch.sub(own.log_b, shift_b, out=columns[..., : part.stop - start, :])
+        for factor in (left, right):
+            (factor.add_(boost) if boost else factor).exp_()
+        if own.sign_a is not None and own.sign_b is not None:
+            left.mul_(own.sign_a)
+            right.mul_(own.sign_b)
+        yield part, left, right
 
 
 def matmul(x: Operands) -> Product:
     """Return log|Σ_k s s exp(A_ik + B_kj)| and its sign for operands (batch, M, K) and (batch, K, N)."""
-    total, shift_a, shift_b, bound, floor = rescale(x, sharp=False)[2:]
+    total, shift_a, shift_b, bound, floor, _ = rescale(x, sharp=False)
     rung = torch.zeros((), dtype=torch.int8, device=total.device).expand(total.shape)
     undecided = torch.zeros((), dtype=torch.bool, device=total.device).expand(total.shape)
     magnitude = total.abs() if x.signed else total
-    settled = bool((magnitude - bound).amin() > 0) if x.signed else bool(total.amin() > bound)
-    rejected = None if settled else (~(magnitude > bound)).nonzero()
-    faint = None if rejected is None else ~(magnitude[rejected.unbind(1)] > floor)
-    sign = total.sign().to(torch.int8) if x.signed else total.new_empty(0, dtype=torch.int8)
-    log = (magnitude.log_() if x.signed else total.log()).add_(shift_a + shift_b)
-    if rejected is None or faint is None:
+    settled = not x.signed and bool(total.amin() > bound)
+    rejected = total.new_empty((0, 3), dtype=torch.int64) if settled else (~(magnitude > bound)).nonzero()
+    faint = ~(magnitude[rejected.unbind(1)] > floor)
+    if x.signed:
+        sign = torch.sign(total, out=bound).to(torch.int8)
+        log = magnitude.log_().add_(torch.add(shift_a, shift_b, out=bound))
+    else:
+        sign, log = total.new_empty(0, dtype=torch.int8), total.log().add_(shift_a + shift_b)
+    if not rejected.numel():
         return Product(sign, log, total, rung, undecided)
     rung, undecided = rung.clone(), undecided.clone()
     for index in rejected[:, 0].unique().tolist():
         here = rejected[:, 0] == index
-        own_sign = sign[index] if x.signed else None
-        item = _Item(x.item(index), own_sign, log[index], total[index], rung[index], undecided[index])
+        own = (sign[index] if x.signed else None, log[index], total[index], rung[index], undecided[index])
+        item = _Item(x.item(index), *own, shift_a[index], shift_b[index], floor)
         _climb(item, Entries(rejected[here, 1], rejected[here, 2], faint[here]))
     return Product(sign, log, total, rung, undecided)
 
@@ -252,13 +274,19 @@ class _Item(NamedTuple):
     scaled: Tensor
     rung: Tensor
     undecided: Tensor
+    shift_a: Tensor
+    shift_b: Tensor
+    floor: float
 
     def write(self, where: tuple[Tensor, Tensor], total: Tensor, shift: Tensor, rung: int) -> None:
         """Write the outputs at ``where``, given S and its shift there."""
-        value = total.abs().log_().add_(shift)
+        value = total.abs().log_().double() + shift
         self.log[where] = value.to(self.log.dtype)
         self.rung[where] = rung
-        self.scaled[where] = torch.where(value.isnan(), value, math.inf).to(self.scaled.dtype)
+        own = self.shift_a[where[0], 0].double() + self.shift_b[0, where[1]]
+        linear = total * torch.exp(shift - own)
+        linear = torch.where(linear.abs() > self.floor, linear, math.inf)
+        self.scaled[where] = torch.where(value.isnan(), value, linear).to(self.scaled.dtype)
         if self.sign is not None:
             self.sign[where] = ((value != -math.inf).to(torch.int8) - 2 * (total < 0)).to(torch.int8)
 
@@ -316,7 +344,7 @@ def _without_poisoned(item: _Item, rejected: Entries) -> Entries:
     count_b = torch.ones_like(log_b) if sign_b is None else (sign_b != 0).to(log_b.dtype)
     poisoned = (nan_a @ count_b + count_a @ nan_b)[rejected.i, rejected.j] > 0
     there = rejected.where(poisoned)
-    item.write((there.i, there.j), item.log.new_full(there.i.shape, math.nan), item.log.new_zeros(()), 0)
+    item.write((there.i, there.j), item.log.new_full(there.i.shape, math.nan), torch.zeros(()), 0)
     return rejected.where(~poisoned)
 
 
@@ -327,21 +355,20 @@ def _without_zeros(item: _Item, rejected: Entries) -> Entries:
     present_a, present_b = ((log != -math.inf).to(log.dtype) for log in (part.log_a, part.log_b))
     zero = (present_a @ present_b)[row, column] == 0
     there = rejected.where(zero)
-    item.write((there.i, there.j), item.log.new_zeros(there.i.shape), item.log.new_zeros(()), 0)
+    item.write((there.i, there.j), item.log.new_zeros(there.i.shape), torch.zeros(()), 0)
     return rejected.where(~zero)
 
 
 def _blocked(x: Operands, boost: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return S, its shift and its bound with shifts of BLOCK terms each, merged online."""
-    shape = (x.log_a.shape[0], x.log_b.shape[1])
-    shift = x.log_a.new_full(shape, 2 * _lowest(x.log_a.dtype))
-    total, bound = x.log_a.new_zeros(shape), x.log_a.new_zeros(shape)
+    total, bound = (x.log_a.new_zeros(x.log_a.shape[0], x.log_b.shape[1]) for _ in range(2))
+    shift = total.new_full(total.shape, 2 * _lowest(total.dtype), dtype=torch.float64)
     for start in range(0, x.log_a.shape[-1], BLOCK):
         part = rescale(x.terms(slice(start, start + BLOCK)), boost)
         own = part.shift
         peak = torch.maximum(shift, own)
         # a boosted sum times exp(own − peak) has a place where exp(own − peak) has none: its root is applied twice
-        kept, new = ((each - peak).mul_(0.5).exp_() for each in (shift, own))
+        kept, new = ((each - peak).mul_(0.5).exp_().to(total.dtype) for each in (shift, own))
         total = total * kept * kept + part.total * new * new
         bound = bound * kept * kept + part.bound * new * new
         shift = peak
@@ -360,13 +387,13 @@ def streamed(x: Operands, chosen: Entries) -> Iterator[tuple[tuple[Tensor, Tenso
         return
     for where in zip(*(index.split(max(1, STREAM_ELEMENTS // terms)) for index in chosen[:2]), strict=True):
         i, j = where
-        exponent = x.log_a[i].double().add_(_columns(x.log_b, j))
+        exponent, rest = _exact_sum(x.log_a[i].double(), _columns(x.log_b, j).double())
         sign = None if x.sign_a is None or x.sign_b is None else x.sign_a[i].mul_(_columns(x.sign_b, j))
         peak = exponent.amax(-1, keepdim=True)
         if bool(peak.isfinite().all()):
-            weight = exponent.sub_(peak).exp_()
+            weight = exponent.sub_(peak).add_(rest).exp_()
         else:
-            weight, peak = _weights_at_infinity(exponent, sign)
+            weight, peak = _weights_at_infinity(exponent, rest, sign)
         magnitude = weight.sum(-1)
         if sign is not None:
             weight.mul_(sign)
@@ -375,14 +402,25 @@ def streamed(x: Operands, chosen: Entries) -> Iterator[tuple[tuple[Tensor, Tenso
         yield where, total, peak.squeeze(-1), magnitude, weight
 
 
+def _exact_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p = a + b and what rounding took from it (Knuth's two-sum), 0 where p is not finite.
+
+    A rounded exponent of 10⁸ would change its term by 10⁻⁸, and what is left of cancelling terms by any amount.
+    """
+    total = a + b
+    part = total - a
+    rest = (b - part).add_(a - (total - part))
+    return total, rest.masked_fill_(~total.isfinite(), 0.0)
+
+
 def _columns(x: Tensor, index: Tensor) -> Tensor:
     """Return the chosen columns as contiguous rows."""
     return x.index_select(1, index).mT.contiguous()
 
 
-def _weights_at_infinity(exponent: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor]:
+def _weights_at_infinity(exponent: Tensor, rest: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return exp(p − max p) and max p where some maxima are infinite: +∞ weighs 1, −∞ and terms of sign 0 nothing."""
     present = exponent if sign is None else exponent.masked_fill(sign == 0, -math.inf)
     peak = present.amax(-1, keepdim=True)
-    weight = (present - peak).masked_fill_(present == peak, 0.0).exp_()
+    weight = (present - peak).masked_fill_(present == peak, 0.0).add_(rest).exp_()
     return weight.masked_fill_(peak == -math.inf, 0.0), peak

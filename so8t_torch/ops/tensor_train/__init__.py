@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from jaxtyping import Float, Inexact, Int
@@ -28,6 +29,7 @@ from so8t_torch.ops.tensor_train.decomposition import decompose, refine
 
 __all__ = ["cross_entropy", "decompose", "logits", "refine", "rows", "table", "topk"]
 
+_KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 _CHECKED_ON_DEVICE = False
 
 
@@ -72,9 +74,11 @@ def rows(
     size, width = _table_shape("rows", cores, vocab_size, d_model)
     flat = _checked_ids("rows", ids, cores, size, padding_idx).flatten()
     chosen = choose("tensor_train.rows", backend, _row_candidates(cores))
-    real, real_width = (eager.real_cores(list(cores)), 2 * width) if cores[0].is_complex() else (list(cores), width)
+    used = _used(cores, None, width)
+    real, real_width = (eager.real_cores(used), 2 * width) if cores[0].is_complex() else (used, width)
     if chosen == "eager":
-        found = eager.rows(flat, real, real_width, padding_idx)
+        with autograd.without_autocast(flat.device):
+            found = eager.rows(flat, real, real_width, padding_idx)
     else:
         found = autograd.rows(flat, real, real_width, padding_idx, chosen)
     if cores[0].is_complex():
@@ -95,7 +99,9 @@ def table(
     Raises:
         ShapeError, DomainError: as in ``rows``.
     """
-    return eager.table(list(cores), *_table_shape("table", cores, vocab_size, d_model))
+    shape = _table_shape("table", cores, vocab_size, d_model)
+    with autograd.without_autocast(cores[0].device):
+        return eager.table(_used(cores, *shape), *shape)
 
 
 def logits(
@@ -104,7 +110,7 @@ def logits(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "*batch v"]:
-    """Return h Eᵀ: exactly the transpose of the embedding.
+    """Return h Eᵀ: the transpose of the embedding, up to the order of the sums.
 
     Args:
         hidden: h, whose width D ≤ Π w_k is that of the table.
@@ -123,7 +129,8 @@ def logits(
     size = _head_size("logits", hidden, cores, vocab_size)
     flat = hidden.reshape(-1, hidden.shape[-1])
     run = head.logits if _tiled_or_eager("logits", backend, hidden, cores) == "eager" else autograd.logits
-    return run(flat, list(cores), size).view(*hidden.shape[:-1], size)
+    with autograd.without_autocast(hidden.device):
+        return run(flat, _used(cores, size, hidden.shape[-1]), size).view(*hidden.shape[:-1], size)
 
 
 def cross_entropy(
@@ -161,11 +168,13 @@ def cross_entropy(
         )
     aims = _checked_ids("cross_entropy", targets, cores, size, ignore_index, "targets").flatten()
     flat = hidden.reshape(-1, hidden.shape[-1])
+    used = _used(cores, size, hidden.shape[-1])
     chosen = choose("tensor_train.cross_entropy", backend, _loss_candidates(hidden, cores))
     if chosen == "eager":
-        loss = head.cross_entropy(flat, aims, list(cores), size, ignore_index)
+        with autograd.without_autocast(hidden.device):
+            loss = head.cross_entropy(flat, aims, used, size, ignore_index)
     else:
-        loss, _ = autograd.cross_entropy(flat, aims, list(cores), size, ignore_index, chosen)
+        loss, _ = autograd.cross_entropy(flat, aims, used, size, ignore_index, chosen)
     return loss.view(targets.shape)
 
 
@@ -193,11 +202,12 @@ def topk(
         ConfigError: k is out of range.
     """
     size = _head_size("topk", hidden, cores, vocab_size)
-    if not 1 <= k <= size:
-        raise ConfigError(f"topk: expected 1 ≤ k ≤ {size}, the number of rows, got {k!r}.")
+    if not (_is_whole(k) and 1 <= k <= size):
+        raise ConfigError(f"topk: expected a whole number k with 1 ≤ k ≤ {size}, the number of rows, got {k!r}.")
     flat = hidden.reshape(-1, hidden.shape[-1])
     run = head.topk if _tiled_or_eager("topk", backend, hidden, cores) == "eager" else autograd.topk
-    values, ids = run(flat, list(cores), k, size)
+    with autograd.without_autocast(hidden.device):
+        values, ids = run(flat, _used(cores, size, hidden.shape[-1]), k, size)
     return values.view(*hidden.shape[:-1], k), ids.view(*hidden.shape[:-1], k)
 
 
@@ -257,13 +267,18 @@ def _checked_ids(
     op: str, ids: Tensor, cores: tuple[Tensor, ...], size: int, allowed: int | None, what: str = "ids"
 ) -> Tensor:
     """Return the ids as int64; raise unless they are whole numbers in [0, size) or the allowed one."""
+    if allowed is not None and not _is_whole(allowed):
+        name = "padding_idx" if what == "ids" else "ignore_index"
+        raise ConfigError(f"{op}: expected a whole number for {name}, got {allowed!r}.")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise DomainError(f"{op}: expected {what} of an integer dtype, got {ids.dtype}; convert them.")
     if ids.device != cores[0].device:
         raise DomainError(f"{op}: {what} are on {ids.device}, the cores on {cores[0].device}; move them.")
+    # widened first: compared as 8 bits, 200 is −56, and a wrong id would pass for another one
+    wide = ids.to(torch.int64)
     if ids.device.type != "cpu" and not _CHECKED_ON_DEVICE:
-        return ids.to(torch.int64)
-    return autograd.checked(ids, size, allowed, f"{op}: {what}")
+        return wide
+    return autograd.checked(wide, size, allowed, op, what)
 
 
 def _table_shape(op: str, cores: tuple[Tensor, ...], vocab_size: int | None, d_model: int | None) -> tuple[int, int]:
@@ -272,9 +287,27 @@ def _table_shape(op: str, cores: tuple[Tensor, ...], vocab_size: int | None, d_m
     largest = tuple(math.prod([core.shape[axis] for core in cores]) for axis in (0, 3))
     asked = tuple(most if n is None else n for n, most in zip((vocab_size, d_model), largest, strict=True))
     for name, n, most in zip(("vocab_size", "d_model"), asked, largest, strict=True):
-        if not 1 <= n <= most:
-            raise ShapeError(f"{op}: expected 1 ≤ {name} ≤ {most}, the product of the factors, got {n!r}.")
+        if not (_is_whole(n) and 1 <= n <= most):
+            raise ShapeError(
+                f"{op}: expected a whole number {name} from 1 to {most}, the product of the factors, got {n!r}."
+            )
     return asked[0], asked[1]
+
+
+def _used(cores: tuple[Tensor, ...], size: int | None, width: int) -> list[Tensor]:
+    """Return the cores without the leading digits that only rows at V (if given) and columns at D and beyond have.
+
+    They are multiplied by zeros otherwise, and a NaN among them would not stay where it is.
+    """
+    first, *others = cores
+    if size is not None:
+        first = first[: -(-size // math.prod([core.shape[0] for core in others]))]
+    kept = -(-width // math.prod([core.shape[3] for core in others]))
+    return [first if kept == first.shape[3] else first[..., :kept].contiguous(), *others]
+
+
+def _is_whole(n: object) -> bool:
+    return isinstance(n, (Integral, torch.SymInt)) and not isinstance(n, bool)
 
 
 def _check_cores(op: str, cores: tuple[Tensor, ...]) -> None:
@@ -288,8 +321,10 @@ def _check_cores(op: str, cores: tuple[Tensor, ...]) -> None:
             f"{op}: expected ranks that chain from 1 to 1 (each core's third size is the next one's second), "
             f"got shapes {shapes}."
         )
-    if not (cores[0].is_floating_point() or cores[0].is_complex()) or cores[0].dtype == torch.complex32:
-        raise DomainError(f"{op}: expected floating-point cores, got {cores[0].dtype}; convert them.")
+    if cores[0].dtype not in _KINDS:
+        raise DomainError(
+            f"{op}: expected floating-point cores of 16 bits or more, got {cores[0].dtype}; convert them."
+        )
     for one, other in pairwise(cores):
         if (one.dtype, one.device) != (other.dtype, other.device):
             raise DomainError(
@@ -306,8 +341,10 @@ def _head_size(op: str, hidden: Tensor, cores: tuple[Tensor, ...], vocab_size: i
             f"{op}: a head has no unique complex meaning, got {hidden.dtype} hidden states and {cores[0].dtype} cores; "
             f"give it real cores."
         )
-    if not hidden.is_floating_point():
-        raise DomainError(f"{op}: expected real floating-point hidden states, got {hidden.dtype}; convert them.")
+    if hidden.dtype not in _KINDS:
+        raise DomainError(
+            f"{op}: expected real floating-point hidden states of 16 bits or more, got {hidden.dtype}; convert them."
+        )
     if hidden.ndim == 0 or not 1 <= hidden.shape[-1] <= width:
         raise ShapeError(
             f"{op}: expected hidden states (..., D) with 1 ≤ D ≤ {width}, the product of the feature factors, "

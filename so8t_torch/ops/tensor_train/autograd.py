@@ -2,11 +2,16 @@
 
 Saved are the ids and the cores of rows; hidden, targets, the cores and one log-sum-exp per token of the head. Every
 gradient has its own backward, made of plain operations, so that derivatives of every order exist. Forward-mode
-derivatives do not pass through a registered operation; the public functions take the plain form there.
+derivatives do not pass through a registered operation; the public functions take the plain form there. Autocast is off
+inside, forward and backward: every sum is carried in the dtype that the operation states.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +25,17 @@ from so8t_torch.ops.tensor_train import eager, head
 TRITON = ("triton", "triton_atomic")
 
 
-def _checked(ids: Tensor, limit: int, allowed: int | None, what: str) -> Tensor:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which sums are carried in the dtype that the operation states.
+
+    Args:
+        device: where the operation runs.
+    """
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def _checked(ids: Tensor, limit: int, allowed: int | None, op: str, what: str) -> Tensor:
     outside = (ids < 0) | (ids >= limit)
     if allowed is not None:
         outside &= ids != allowed
@@ -28,10 +43,10 @@ def _checked(ids: Tensor, limit: int, allowed: int | None, what: str) -> Tensor:
         place = tuple(outside.nonzero()[0].tolist())
         also = "" if allowed is None else f" or {allowed}"
         raise DomainError(
-            f"expected {what} in [0, {limit}){also}, got {int(ids[place])} at position {place} "
+            f"{op}: expected {what} in [0, {limit}){also}, got {int(ids[place])} at position {place} "
             f"({int(outside.sum())} of {ids.numel()} are outside); check the vocabulary size and the tokenizer."
         )
-    return ids.to(torch.int64, copy=True)
+    return ids.clone()
 
 
 def _rows(ids: Tensor, cores: list[Tensor], d_model: int, padding: int | None, backend: str) -> Tensor:
@@ -53,11 +68,16 @@ def _rows_gradient(grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int 
 
 
 def _kernel_digits(ids: Tensor, cores: list[Tensor], padding: int | None) -> tuple[Tensor, ...]:
-    """Return the digits of the ids; the first one is −1 where a row is zero."""
-    if padding is None:
-        return tuple(eager.digits(ids, cores))
-    first, *rest = eager.digits(torch.where(ids == padding, 0, ids), cores)
-    return torch.where(ids == padding, -1, first), *rest
+    """Return the digits of the ids; the first is −1 where a row is zero, and too large where an id is negative."""
+    left_out = torch.zeros_like(ids, dtype=torch.bool) if padding is None else ids == padding
+    first, *rest = eager.digits(ids.clamp(min=0), cores)
+    first = torch.where(ids < 0, cores[0].shape[0], first)
+    return torch.where(left_out, -1, first), *rest
+
+
+def _kernel_targets(targets: Tensor, ignore: int) -> Tensor:
+    """Return targets with −1 for the ignored ones; −2, which no vocabulary holds, for every other negative one."""
+    return torch.where(targets == ignore, -1, torch.where(targets < 0, -2, targets))
 
 
 def _logits(hidden: Tensor, cores: list[Tensor], vocab_size: int) -> Tensor:
@@ -74,7 +94,7 @@ def _cross_entropy(
     if backend == "triton":
         from so8t_torch.ops.tensor_train import head_kernels
 
-        aims = torch.where(targets == ignore, -1, targets)
+        aims = _kernel_targets(targets, ignore)
         loss, normaliser = head_kernels.head_forward(hidden, aims, cores[0], cores[1], vocab_size)
         return loss, normaliser.double()
     return head.cross_entropy_tiled(hidden, targets, cores, vocab_size, ignore)
@@ -93,7 +113,7 @@ def _cross_entropy_gradient(
     if backend == "triton":
         from so8t_torch.ops.tensor_train import head_kernels
 
-        aims = torch.where(targets == ignore, -1, targets)
+        aims = _kernel_targets(targets, ignore)
         found = head_kernels.head_backward(grad, hidden, aims, normaliser.float(), cores[0], cores[1], vocab_size)
         return [share.to(x.dtype) for share, x in zip(found, (hidden, *cores), strict=True)]
     return head.cross_entropy_gradient_tiled(grad, hidden, targets, normaliser, cores, vocab_size, ignore)
@@ -103,13 +123,29 @@ def _topk(hidden: Tensor, cores: list[Tensor], k: int, vocab_size: int) -> tuple
     return head.topk_tiled(hidden, cores, k, vocab_size)
 
 
-def _register(name: str, function: Any, schema: str) -> Any:
-    operator = torch.library.custom_op(f"so8t::tensor_train_{name}", function, mutates_args=(), schema=schema)
-    refuse_tangents(operator)
-    return operator
+@functools.cache
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
 
 
-checked = _register("checked", _checked, "(Tensor ids, int limit, int? allowed, str what) -> Tensor")
+def _register(name: str, function: Callable[..., Any], schema: str) -> Any:
+    """Register an operation for every device, and return it.
+
+    ``torch.library.custom_op`` would load the compiler (seconds) at the first call of a process that compiles nothing.
+    """
+
+    def run(first: Tensor, *others: Any) -> Any:
+        body = _untraced(function) if "torch._dynamo" in sys.modules else function
+        with without_autocast(first.device):
+            return body(first, *others)
+
+    qualified = f"so8t::tensor_train_{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "default", run)
+    return getattr(torch.ops.so8t, f"tensor_train_{name}").default
+
+
+checked = _register("checked", _checked, "(Tensor ids, int limit, int? allowed, str op, str what) -> Tensor")
 rows = _register("rows", _rows, "(Tensor ids, Tensor[] cores, int d_model, int? padding, str backend) -> Tensor")
 rows_gradient = _register(
     "rows_gradient",
@@ -134,43 +170,43 @@ cross_entropy_gradient = _register(
 topk = _register("topk", _topk, "(Tensor hidden, Tensor[] cores, int k, int vocab_size) -> (Tensor, Tensor)")
 
 
-@checked.register_fake
+@torch.library.register_fake(checked)
 def _(ids: Tensor, *_: Any) -> Tensor:
     return torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
 
 
-@rows.register_fake
+@torch.library.register_fake(rows)
 def _(ids: Tensor, cores: list[Tensor], d_model: int, *_: Any) -> Tensor:
     return cores[0].new_empty((ids.shape[0], d_model))
 
 
-@rows_gradient.register_fake
+@torch.library.register_fake(rows_gradient)
 def _(_grad: Tensor, _ids: Tensor, cores: list[Tensor], *_: Any) -> list[Tensor]:
     return [_like(core) for core in cores]
 
 
-@logits.register_fake
+@torch.library.register_fake(logits)
 def _(hidden: Tensor, _cores: list[Tensor], vocab_size: int) -> Tensor:
     return hidden.new_empty((hidden.shape[0], vocab_size))
 
 
-@logits_gradient.register_fake
+@torch.library.register_fake(logits_gradient)
 def _(_grad: Tensor, hidden: Tensor, cores: list[Tensor], *_: Any) -> list[Tensor]:
     return [_like(x) for x in (hidden, *cores)]
 
 
-@cross_entropy.register_fake
+@torch.library.register_fake(cross_entropy)
 def _(hidden: Tensor, targets: Tensor, cores: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(torch.promote_types(hidden.dtype, cores[0].dtype))
     return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape, dtype=torch.float64)
 
 
-@cross_entropy_gradient.register_fake
+@torch.library.register_fake(cross_entropy_gradient)
 def _(_grad: Tensor, hidden: Tensor, _targets: Tensor, _normaliser: Tensor, cores: list[Tensor], *_: Any) -> Any:
     return [_like(x) for x in (hidden, *cores)]
 
 
-@topk.register_fake
+@torch.library.register_fake(topk)
 def _(hidden: Tensor, _cores: list[Tensor], k: int, *_: Any) -> tuple[Tensor, Tensor]:
     return hidden.new_empty((hidden.shape[0], k)), hidden.new_empty((hidden.shape[0], k), dtype=torch.int64)
 
@@ -196,7 +232,8 @@ def _save_rows_gradient(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor])
 
 def _rows_gradient_backward(ctx: Any, directions: list[Tensor]) -> tuple[Any, ...]:
     grad, ids, *cores = ctx.saved_tensors
-    along, *turned = eager.rows_second(directions, grad, ids, cores, ctx.padding)
+    with without_autocast(grad.device):
+        along, *turned = eager.rows_second(directions, grad, ids, cores, ctx.padding)
     return along, None, turned, None, None
 
 
@@ -222,7 +259,8 @@ def _logits_gradient_backward(ctx: Any, directions: list[Tensor]) -> tuple[Any, 
     def gradient(g: Tensor, h: Tensor, *c: Tensor) -> tuple[Tensor, ...]:
         return head.logits_gradient(g, h, list(c), ctx.vocab_size)
 
-    swung, along, *turned = torch.func.vjp(gradient, grad, hidden, *cores)[1](tuple(directions))
+    with without_autocast(grad.device):
+        swung, along, *turned = torch.func.vjp(gradient, grad, hidden, *cores)[1](tuple(directions))
     return swung, along, turned, None
 
 
@@ -249,7 +287,8 @@ def _cross_entropy_gradient_backward(ctx: Any, directions: list[Tensor]) -> tupl
     def gradient(g: Tensor, h: Tensor, *c: Tensor) -> tuple[Tensor, ...]:
         return head.cross_entropy_gradient(g, h, targets, list(c), ctx.vocab_size, ctx.ignore)
 
-    swung, along, *turned = torch.func.vjp(gradient, grad, hidden, *cores)[1](tuple(directions))
+    with without_autocast(grad.device):
+        swung, along, *turned = torch.func.vjp(gradient, grad, hidden, *cores)[1](tuple(directions))
     return swung, along, None, None, turned, None, None, None
 
 
@@ -265,14 +304,27 @@ def _topk_backward(ctx: Any, grad: Tensor, _ids: Tensor) -> tuple[Any, ...]:
     def chosen(h: Tensor, *c: Tensor) -> Tensor:
         return head.logits_at(h, ids, list(c))
 
-    along, *turned = torch.func.vjp(chosen, hidden, *cores)[1](grad)
+    with without_autocast(grad.device):
+        along, *turned = torch.func.vjp(chosen, hidden, *cores)[1](grad)
     return along, turned, None, None
 
 
-rows.register_autograd(_rows_backward, setup_context=_save_rows)
-rows_gradient.register_autograd(_rows_gradient_backward, setup_context=_save_rows_gradient)
-logits.register_autograd(_logits_backward, setup_context=_save_logits)
-logits_gradient.register_autograd(_logits_gradient_backward, setup_context=_save_logits_gradient)
-cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_save_cross_entropy)
-cross_entropy_gradient.register_autograd(_cross_entropy_gradient_backward, setup_context=_save_cross_entropy_gradient)
-topk.register_autograd(_topk_backward, setup_context=_save_topk)
+torch.library.register_autograd(rows, _rows_backward, setup_context=_save_rows)
+torch.library.register_autograd(rows_gradient, _rows_gradient_backward, setup_context=_save_rows_gradient)
+torch.library.register_autograd(logits, _logits_backward, setup_context=_save_logits)
+torch.library.register_autograd(logits_gradient, _logits_gradient_backward, setup_context=_save_logits_gradient)
+torch.library.register_autograd(cross_entropy, _cross_entropy_backward, setup_context=_save_cross_entropy)
+torch.library.register_autograd(
+    cross_entropy_gradient, _cross_entropy_gradient_backward, setup_context=_save_cross_entropy_gradient
+)
+torch.library.register_autograd(topk, _topk_backward, setup_context=_save_topk)
+refuse_tangents(
+    "tensor_train_checked",
+    "tensor_train_rows",
+    "tensor_train_rows_gradient",
+    "tensor_train_logits",
+    "tensor_train_logits_gradient",
+    "tensor_train_cross_entropy",
+    "tensor_train_cross_entropy_gradient",
+    "tensor_train_topk",
+)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from jaxtyping import Inexact
@@ -94,12 +95,13 @@ def refine(table: Inexact[Tensor, "v d"], *cores: Tensor, sweeps: int = 1) -> tu
     Raises:
         ShapeError: the cores do not chain from 1 to 1, or do not cover the table.
         ConfigError: a rank exceeds its matrix, or sweeps is negative.
-        DomainError: the table or a core holds NaN or infinity, or the table whole numbers.
+        DomainError: the table or a core holds NaN, infinity or whole numbers, the cores differ in dtype, or they are
+            real and the table is complex.
     """
     _check_table("refine", table)
     factors = _check_cores("refine", table, cores)
-    if sweeps < 0:
-        raise ConfigError(f"refine: expected sweeps ≥ 0, got {sweeps!r}.")
+    if not isinstance(sweeps, Integral) or sweeps < 0:
+        raise ConfigError(f"refine: expected a whole number of sweeps ≥ 0, got {sweeps!r}.")
     wide = torch.promote_types(_wide(table).dtype, torch.promote_types(cores[0].dtype, torch.float64))
     trains = [core.to(wide) for core in cores]
     goal = _padded(table.to(wide), tuple(map(math.prod, factors)))
@@ -345,6 +347,11 @@ def check_factors(
             f"{op}: expected K factors of each kind and K − 1 ranks, got {tuple(vocab_factors)}, "
             f"{tuple(feature_factors)} and {tuple(ranks)}."
         )
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in (*vocab_factors, *feature_factors, *ranks)):
+        raise ConfigError(
+            f"{op}: expected whole numbers for factors and ranks, got {tuple(vocab_factors)}, "
+            f"{tuple(feature_factors)} and {tuple(ranks)}."
+        )
     if min(*vocab_factors, *feature_factors) < 1:
         raise ConfigError(f"{op}: expected factors ≥ 1, got {tuple(vocab_factors)} and {tuple(feature_factors)}.")
     if math.prod(vocab_factors) < shape[0] or math.prod(feature_factors) < shape[1]:
@@ -356,14 +363,14 @@ def check_factors(
     for k, (left, rank) in enumerate(pairwise((1, *ranks))):
         limit = min(left * sizes[k], math.prod(sizes[k + 1 :]))
         if not 1 <= rank <= limit:
-            raise ConfigError(f"{op}: expected rank {k + 1} in 1..{limit}, that of its matrix, got {rank}; lower it.")
+            raise ConfigError(f"{op}: expected rank {k + 1} in 1..{limit}, that of its matrix, got {rank}; change it.")
 
 
 def _check_table(op: str, table: Tensor) -> None:
     if table.ndim != 2 or 0 in table.shape:
         raise ShapeError(f"{op}: expected a table (V, D) with V, D ≥ 1, got {tuple(table.shape)}.")
-    if not (table.is_floating_point() or table.is_complex()):
-        raise DomainError(f"{op}: expected a floating-point table, got {table.dtype}; convert it first.")
+    if not (table.is_floating_point() or table.is_complex()) or table.dtype.itemsize < 2:
+        raise DomainError(f"{op}: expected a floating-point table of 16 bits or more, got {table.dtype}; convert it.")
     if not bool(torch.isfinite(table).all()):
         bad = int((~torch.isfinite(table)).any(1).nonzero()[0])
         raise DomainError(f"{op}: expected a finite table, found NaN or infinity, first in row {bad}; repair it first.")
@@ -381,6 +388,11 @@ def _check_cores(op: str, table: Tensor, cores: Sequence[Tensor]) -> tuple[tuple
     vocab_factors, feature_factors = (tuple(core.shape[axis] for core in cores) for axis in (0, 3))
     ranks = tuple(core.shape[2] for core in cores[:-1])
     check_factors(op, tuple(table.shape), vocab_factors, feature_factors, ranks)
+    kinds = sorted({str(core.dtype) for core in cores})
+    if len(kinds) > 1 or not (cores[0].is_floating_point() or cores[0].is_complex()):
+        raise DomainError(f"{op}: expected floating-point cores of one dtype, got {', '.join(kinds)}; convert them.")
+    if table.is_complex() and not cores[0].is_complex():
+        raise DomainError(f"{op}: a complex table has no fit by real cores, got {kinds[0]}; make the cores complex.")
     if not all(bool(torch.isfinite(core).all()) for core in cores):
-        raise DomainError(f"{op}: expected finite cores, found NaN or infinity.")
+        raise DomainError(f"{op}: expected finite cores, found NaN or infinity; start from decompose.")
     return vocab_factors, feature_factors

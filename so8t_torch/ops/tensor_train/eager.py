@@ -25,8 +25,8 @@ from torch.nn.functional import embedding_bag, pad
 
 from so8t_torch.core.precision import accumulation_dtype
 
-TILE_ELEMENTS = 3 << 16
-"""Numbers per tile of rows: three quarters of a megabyte in float32, which a core's second-level cache holds."""
+TILE_ELEMENTS = 5 << 15
+"""Numbers per tile of rows: five eighths of a megabyte in float32, which a core's second-level cache holds."""
 _HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -121,35 +121,31 @@ def segments(ids: Tensor, padding: int | None) -> Segments:
 def rows_tiled(ids: Tensor, cores: list[Tensor], d_model: int, padding: int | None) -> Tensor:
     """Return the rows (T, D) of ids (T,), each different id computed once."""
     found = segments(ids, padding)
-    matrices = step_matrices(cores, accumulation_dtype(cores[0].dtype))
+    train = Train(found.unique, cores)
     out = allocate((ids.numel(), d_model), cores[0].dtype)
     if found.order.numel() < ids.numel():
         out[ids == padding] = 0.0
-    first = torch.ones_like(found.segment, dtype=torch.bool)
-    first[1:] = found.segment[1:] != found.segment[:-1]
-    positions, again, source = (_array(x) for x in (found.order[first], found.order[~first], found.segment[~first]))
-    starts, target = found.starts.tolist(), _array(out)
-    for begin, end, chosen in _tiles(found, cores):
-        tile = _rows_of(chosen, matrices)
-        values = _array(tile[:, :d_model].to(out.dtype))
-        target[positions[begin:end]] = values
-        for at in range(starts[begin] - begin, starts[end] - end, end - begin):
-            copies = slice(at, min(at + end - begin, starts[end] - end))
-            target[again[copies]] = values[source[copies] - begin]
+    order, starts, target = found.order.numpy(), found.starts.numpy(), _array(out)
+    first, repeated = order[starts[:-1]], starts[1:] - starts[:-1] > 1
+    for begin, end in train.tiles():
+        values = _array(train.rows(begin, end)[:, :d_model].to(out.dtype))
+        target[first[begin:end]] = values
+        for at in repeated[begin:end].nonzero()[0].tolist():
+            target[order[starts[begin + at] + 1 : starts[begin + at + 1]]] = values[at]
     return out
 
 
 def rows_gradient_tiled(grad: Tensor, ids: Tensor, cores: list[Tensor], padding: int | None) -> list[Tensor]:
     """Return the gradients of the cores for a gradient (T, D) of the rows; equal ids are summed first."""
     found = segments(ids, padding)
-    matrices = step_matrices(cores, accumulation_dtype(cores[0].dtype))
-    sums = [torch.zeros_like(m) for m in matrices]
+    train = Train(found.unique, cores)
+    train.start_sums()
     cropped = math.prod([core.shape[3] for core in cores]) - grad.shape[1]
     starts = found.starts.tolist()
-    for begin, end, chosen in _tiles(found, cores):
+    for begin, end in train.tiles():
         total = segment_sums(grad, found, begin, end, starts)
-        _add_gradient(pad(total, (0, cropped)) if cropped else total, chosen, matrices, sums)
-    return [core_shaped(acc, core) for acc, core in zip(sums, cores, strict=True)]
+        train.add_gradient(pad(total, (0, cropped)) if cropped else total, begin, end)
+    return train.gradients()
 
 
 def segment_sums(grad: Tensor, found: Segments, begin: int, end: int, starts: list[int]) -> Tensor:
@@ -184,53 +180,92 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _tiles(found: Segments, cores: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield begin and end of the ids that are taken together, and those ids."""
-    width = math.prod([core.shape[3] for core in cores])
-    step = max(1, TILE_ELEMENTS // max(width, *(core[0].numel() for core in cores), 1))
-    for begin in range(0, found.unique.numel(), step):
-        chosen = found.unique[begin : begin + step]
-        yield begin, begin + chosen.numel(), chosen
+class Train:
+    """The rows of ascending ids and their gradients, a range of ids at a time.
 
-
-def _gather(ids: Tensor, matrices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the digits of ids and the matrices at them."""
-    parts = digits(ids, matrices)
-    return parts, [m.index_select(0, part) for m, part in zip(matrices, parts, strict=True)]
-
-
-def _stems(ids: Tensor, matrices: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the different leading digits of ascending ids, where each id has its own, its left factor, its last digit.
-
-    From three matrices on it pays to take the product of all but the last once for ids that share it.
+    A beginning i_1 … i_k, k > 1, that several ids share is taken once.
     """
-    *leading, last = matrices
-    stems, place = torch.unique_consecutive(ids // last.shape[0], return_inverse=True)
-    left = _rows_of(stems, leading).index_select(0, place)
-    return stems, place, left.view(ids.numel(), -1, last.shape[1]), ids % last.shape[0]
 
+    def __init__(self, ids: Tensor, cores: list[Tensor]) -> None:
+        self.cores, self.count = cores, ids.numel()
+        self.matrices = step_matrices(cores, accumulation_dtype(cores[0].dtype))
+        width = math.prod([core.shape[3] for core in cores])
+        self.step = max(1, TILE_ELEMENTS // max(width, *(core[0].numel() for core in cores), 1))
+        self.digits: list[Tensor] = []
+        self.places: list[Tensor] = []
+        for core in reversed(cores):
+            self.digits.insert(0, ids % core.shape[0])
+            ids, place = torch.unique_consecutive(ids // core.shape[0], return_inverse=True)
+            self.places.insert(0, place)
+        self.leading = self.digits[0][self.places[1]] if len(cores) > 1 else self.digits[0]
+        self.edges = [place.numpy() for place in self.places]
 
-def _rows_of(ids: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Return the rows (n, Π w_k) of ascending ids."""
-    if len(matrices) < 3:
-        return chain(_gather(ids, matrices)[1])
-    _, _, left, digit = _stems(ids, matrices)
-    return torch.bmm(left, matrices[-1].index_select(0, digit)).flatten(1)
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Yield begin and end of the ids that are taken together."""
+        for begin in range(0, self.count, self.step):
+            yield begin, min(begin + self.step, self.count)
 
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Return the rows (n, Π w_k) of the ids begin … end − 1."""
+        return self._products(len(self.cores) - 1, begin, end).flatten(1)
 
-def _add_gradient(grad: Tensor, ids: Tensor, matrices: list[Tensor], sums: list[Tensor]) -> None:
-    """Add the gradients of the matrices for a gradient (n, Π w_k) of the rows of ascending ids."""
-    if len(matrices) < 3:
-        parts, chosen = _gather(ids, matrices)
-        for acc, part, share in zip(sums, parts, chain_gradient(grad, chosen), strict=True):
-            acc.flatten(1).index_add_(0, part, share.flatten(1))
-        return
-    stems, place, left, digit = _stems(ids, matrices)
-    grad = grad.view(left.shape[0], left.shape[1], -1)
-    sums[-1].index_add_(0, digit, torch.bmm(left.transpose(1, 2), grad))
-    back = torch.bmm(grad, matrices[-1].index_select(0, digit).transpose(1, 2)).flatten(1)
-    total = back.new_zeros((stems.numel(), back.shape[1])).index_add_(0, place, back)
-    _add_gradient(total, stems, matrices[:-1], sums[:-1])
+    def start_sums(self) -> None:
+        """Begin to add up the gradients of the matrices; that of the first is laid out as its core."""
+        first, *others = self.matrices
+        self.sums = [first.new_zeros(self.cores[0].shape), *(torch.zeros_like(m) for m in others)]
+
+    def add_gradient(self, grad: Tensor, begin: int, end: int) -> None:
+        """Add the gradients of the matrices for a gradient (n, Π w_k) of the rows of the ids begin … end − 1."""
+        self._add(len(self.cores) - 1, grad, begin, end)
+
+    def gradients(self) -> list[Tensor]:
+        """Return the sums as gradients of the cores."""
+        first, *others = self.cores
+        later = (core_shaped(acc, core) for acc, core in zip(self.sums[1:], others, strict=True))
+        return [self.sums[0].to(first.dtype), *later]
+
+    def _products(self, k: int, begin: int, end: int) -> Tensor:
+        """Return X_k (n, Π_{j≤k} w_j, r_k) of the beginnings begin … end − 1, all counted from zero."""
+        matrix = self._chosen(k, begin, end)
+        if k:
+            matrix = torch.bmm(self._left(k, begin, end), matrix)
+        rank = self.cores[k].shape[2]
+        return matrix.view(matrix.shape[0], matrix.shape[1] * matrix.shape[2] // rank, rank)
+
+    def _left(self, k: int, begin: int, end: int) -> Tensor:
+        """Return X_{k−1} of the beginnings begin … end − 1 of length k."""
+        if k == 1:
+            first = self.matrices[0].view(-1, self.cores[0].shape[3], self.cores[0].shape[2])
+            return first.index_select(0, self.leading[begin:end])
+        low, high = self._shorter(k, begin, end)
+        products = self._products(k - 1, low, high)
+        return products.index_select(0, self.places[k][begin:end] - low)
+
+    def _add(self, k: int, grad: Tensor, begin: int, end: int) -> None:
+        """Add the gradients of the matrices up to the k-th for a gradient of X_k; that of X_1 comes transposed."""
+        digit = self.digits[k][begin:end]
+        if k == 0:
+            self.sums[0].flatten(1).index_add_(0, digit, grad)
+            return
+        left, matrix = self._left(k, begin, end), self._chosen(k, begin, end)
+        grad = grad.view(*left.shape[:2], matrix.shape[2])
+        self.sums[k].index_add_(0, digit, torch.bmm(left.transpose(1, 2), grad))
+        if k == 1:
+            # Transposed, the product is a quarter cheaper, and laid out as its core.
+            back = torch.bmm(matrix, grad.transpose(1, 2))
+            self.sums[0].flatten(1).index_add_(0, self.leading[begin:end], back.flatten(1))
+            return
+        back = torch.bmm(grad, matrix.transpose(1, 2)).flatten(1)
+        low, high = self._shorter(k, begin, end)
+        total = back.new_zeros((high - low, back.shape[1]))
+        self._add(k - 1, total.index_add_(0, self.places[k][begin:end] - low, back), low, high)
+
+    def _shorter(self, k: int, begin: int, end: int) -> tuple[int, int]:
+        """Return the range of the beginnings of length k − 1 that those of length k extend."""
+        return int(self.edges[k][begin]), int(self.edges[k][end - 1]) + 1
+
+    def _chosen(self, k: int, begin: int, end: int) -> Tensor:
+        return self.matrices[k].index_select(0, self.digits[k][begin:end])
 
 
 def chain(matrices: list[Tensor]) -> Tensor:

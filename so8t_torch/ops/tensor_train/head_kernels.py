@@ -54,7 +54,7 @@ HIDDEN_TILES = {
     4: (_tile(4, 1, V1=32, V2=32, A=16, B=64),),
 }
 CORE_TILES = {
-    2: (_tile(4, 1, OWN=64, OTHER=64, D_OWN=64, D_OTHER=64),),
+    2: (_tile(8, 1, OWN=64, OTHER=64, D_OWN=64, D_OTHER=64), _tile(8, 1, OWN=64, OTHER=32, D_OWN=64, D_OTHER=64)),
     4: (_tile(8, 1, OWN=32, OTHER=64, D_OWN=64, D_OTHER=32),),
 }
 
@@ -177,13 +177,13 @@ def hidden_kernel(
 
 @triton.jit
 def core_kernel(
-    g_ptr, targets_ptr, h_ptr, p_ptr, core_ptr, out_ptr, count, share, earlier, size,
+    g_ptr, targets_ptr, h_ptr, p_ptr, core_ptr, out_ptr, count, share, size,
     v_own, v_other, stride_own, stride_other, rank, d_own, d_other, feature_own, feature_other, d_model,
     OWN: tl.constexpr, OTHER: tl.constexpr, D_OWN: tl.constexpr, D_OTHER: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """dC[i, ρ, o] of one split += Σ_t g P[i, j] (Σ_w C'[j, ρ, w] H[o, w]) over its share of a block of tokens.
 
-    Axis 0: blocks of i; axis 1: ranks × blocks of o; axis 2: splits. ``earlier`` is 0 where there is nothing to add to.
+    Axis 0: blocks of i; axis 1: ranks × blocks of o; axis 2: splits.
     """
     dtype: tl.constexpr = core_ptr.dtype.element_ty
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -214,7 +214,7 @@ def core_kernel(
                 total += tl.load(g_ptr + t) * product(P, _narrowed(y, dtype, INTERPRETED), none, dtype)
     at = out_ptr + tl.program_id(2).to(tl.int64) * size + (i[:, None] * rank + r) * d_own + o[None, :]
     inside = (i < v_own)[:, None] & (o < d_own)[None, :]
-    total += tl.load(at, mask=inside & (earlier > 0), other=0.0)
+    total += tl.load(at, mask=inside, other=0.0)
     tl.store(at, total, mask=inside)
 
 
@@ -275,7 +275,7 @@ def head_backward(
             "g_ptr": g[part], "targets_ptr": targets[part], "lse_ptr": lse[part], "h_ptr": hidden[part], "p_ptr": P,
             "c1_ptr": core1, "c2_ptr": core2, "dh_ptr": dhidden[part],
         }  # fmt: skip
-        _block_backward(tensors, shares, _sizes(core1, core2, hidden), vocab_size, first)
+        _block_backward(tensors, shares, _sizes(core1, core2, hidden), vocab_size)
     return dhidden, shares[0].sum(0), shares[1].sum(0)
 
 
@@ -287,9 +287,7 @@ def _sizes(core1: Tensor, core2: Tensor, hidden: Tensor) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _block_backward(
-    tensors: dict[str, Tensor], shares: list[Tensor], sizes: dict[str, int], vocab_size: int, first: int
-) -> None:
+def _block_backward(tensors: dict[str, Tensor], shares: list[Tensor], sizes: dict[str, int], vocab_size: int) -> None:
     """Stage P of one block of tokens, write its dH, and add to the core gradients."""
     size, count = tensors["p_ptr"].element_size(), tensors["h_ptr"].shape[0]
     v1, v2, d1, d2 = (sizes[name] for name in ("v1", "v2", "d1", "d2"))
@@ -307,8 +305,8 @@ def _block_backward(
         {**_only(tensors, "g", "targets", "p", "c1", "c2", "dh"), **sizes},
         tune_on=("v1", "v2", "rank", "d1", "d2"),
     )
-    _core_backward(tensors, shares[0], tensors["c2_ptr"], (v1, v2, v2, 1), (d1, d2, d2, 1), first)
-    _core_backward(tensors, shares[1], tensors["c1_ptr"], (v2, v1, 1, v2), (d2, d1, 1, d2), first)
+    _core_backward(tensors, shares[0], tensors["c2_ptr"], (v1, v2, v2, 1), (d1, d2, d2, 1))
+    _core_backward(tensors, shares[1], tensors["c1_ptr"], (v2, v1, 1, v2), (d2, d1, 1, d2))
 
 
 def _core_backward(
@@ -317,19 +315,17 @@ def _core_backward(
     other: Tensor,
     ids: tuple[int, int, int, int],
     features: tuple[int, int, int, int],
-    first: int,
 ) -> None:
     """Add a block of tokens to the gradient of one core.
 
     Args:
         ids: parts of an id, own and other, and their strides in P.
         features: parts of a feature, own and other, and their strides in a hidden state.
-        first: tokens summed before; tiles are timed on the first block alone, which overwrites.
     """
     count, rank = tensors["h_ptr"].shape[0], other.numel() // (ids[1] * features[1])
     arguments: dict[str, Any] = {
         **_only(tensors, "g", "targets", "h", "p"), "core_ptr": other, "out_ptr": share, "count": count,
-        "share": triton.cdiv(count, SPLITS), "earlier": first, "size": share[0].numel(), "rank": rank,
+        "share": triton.cdiv(count, SPLITS), "size": share[0].numel(), "rank": rank,
         "d_model": tensors["h_ptr"].shape[1], "INTERPRETED": interpreting(),
         **dict(zip(("v_own", "v_other", "stride_own", "stride_other"), ids, strict=True)),
         **dict(zip(("d_own", "d_other", "feature_own", "feature_other"), features, strict=True)),
@@ -340,6 +336,7 @@ def _core_backward(
         lambda tile: (triton.cdiv(ids[0], tile["OWN"]), rank * triton.cdiv(features[0], tile["D_OWN"]), SPLITS),
         arguments,
         tune_on=("v_own", "v_other", "rank", "d_own", "d_other"),
+        restore=("out_ptr",),
     )
 
 

@@ -46,14 +46,14 @@ PAIR_ROWS_TILES = (
     _tile(4, TOKENS=4, A=32, B=32, R=32),
 )
 TRIPLE_ROWS_TILES = (
-    _tile(4, TOKENS=2, A=4, B=16, C=16, R=16),
     _tile(4, TOKENS=1, A=16, B=16, C=16, R=16),
+    _tile(8, TOKENS=2, A=16, B=16, C=16, R=16),
 )
 PAIR_GRADIENT_TILES = {
     2: (_tile(4, OWN=16, OTHER=64, R=16), _tile(4, OWN=64, OTHER=16, R=16)),
     4: (_tile(8, OWN=32, OTHER=64, R=16), _tile(4, OWN=64, OTHER=32, R=16)),
 }
-"""Bytes per element → tiles. The atomic mode takes the first, since timing tiles would add several times."""
+"""Bytes per element → tiles."""
 END_GRADIENT_TILES = {
     2: (_tile(4, OWN=16, MIDDLE=8, FAR=16, R=16, Q=16),),
     4: (_tile(4, OWN=16, MIDDLE=16, FAR=16, R=16, Q=16),),
@@ -488,7 +488,7 @@ def _keys(k: int, ids_parts: tuple[Tensor, ...], cores: tuple[Tensor, ...]) -> t
 def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dict[str, Any]) -> None:
     """Start the kernel of core k."""
     v, d = [core.shape[0] for core in cores], [core.shape[3] for core in cores]
-    size = cores[0].element_size()
+    size, restore = cores[0].element_size(), ("out_ptr",) if plan["ATOMIC"] else ()
     if len(cores) == 2:
         rank, other = cores[0].shape[2], 1 - k
         sizes = {
@@ -497,10 +497,11 @@ def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dic
         }  # fmt: skip
         launch(
             pair_gradient_kernel,
-            PAIR_GRADIENT_TILES[size][:1] if plan["ATOMIC"] else PAIR_GRADIENT_TILES[size],
+            PAIR_GRADIENT_TILES[size],
             lambda tile: (programs, triton.cdiv(d[k], tile["OWN"]), triton.cdiv(rank, tile["R"])),
             {**plan, **sizes},
             tune_on=("count", "rank", "own", "other"),
+            restore=restore,
         )
         return
     r1, r2 = cores[0].shape[2], cores[1].shape[2]
@@ -519,6 +520,7 @@ def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dic
             ),
             {**plan, **sizes},
             tune_on=("count", "r1", "r2", "d1", "d2", "d3"),
+            restore=restore,
         )
         return
     rank, far_rank = (r1, r2) if k == 0 else (r2, r1)
@@ -535,4 +537,5 @@ def _launch_gradient(k: int, cores: tuple[Tensor, ...], programs: int, plan: dic
         lambda tile: (programs, triton.cdiv(d[k], tile["OWN"]), triton.cdiv(rank, tile["R"])),
         {**plan, **sizes},
         tune_on=("count", "rank", "far_rank", "own", "middle", "far"),
+        restore=restore,
     )
