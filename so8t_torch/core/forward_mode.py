@@ -8,43 +8,63 @@ they appear in the operator, when the captured graph is built.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch._ops import OpOverload
+from torch.library import CustomOpDef
 
 from so8t_torch.core.errors import BackendError
+
+Kernel = Callable[..., Any]
 
 _LIBRARY = torch.library.Library("so8t", "IMPL")
 
 
-def refuse_tangents(*names: str) -> None:
+def refuse_tangents(*operators: CustomOpDef) -> None:
     """Make operators raise BackendError where an argument carries a forward-mode tangent, compiled or not.
 
     Args:
-        *names: of operators in the namespace ``so8t``, their derivatives already registered.
+        *operators: results of ``torch.library.custom_op`` in the namespace ``so8t``; their ``register_autograd`` may
+            come before or after.
     """
-    for name in names:
-        _guard(name)
+    for operator in operators:
+        kernel = _guarded(operator._opoverload, make_autograd_impl(operator._opoverload, operator))
+        with warnings.catch_warnings():
+            # PyTorch says once that a kernel replaces another: here it wraps it.
+            warnings.filterwarnings("ignore", category=UserWarning)
+            _LIBRARY.impl(operator._name, kernel, "Autograd", with_keyset=True, allow_override=True)
 
 
-def _guard(name: str) -> None:
-    # One kernel stands under the key of every device.
-    differentiate = torch.library.get_kernel(f"so8t::{name}", "AutogradCPU")
+def register_autograd(
+    operator: OpOverload, backward: Kernel | None = None, setup_context: Kernel | None = None
+) -> None:
+    """Register the derivative of an operator as ``torch.library.register_autograd`` does, and refuse tangents.
+
+    Args:
+        operator: result of ``torch.library.define`` in the namespace ``so8t``.
+        backward: as there; None for what has no derivative.
+        setup_context: as there.
+    """
+    kernel = _guarded(operator, make_autograd_impl(operator, Info(backward, setup_context)))
+    _LIBRARY.impl(operator._opname, kernel, "Autograd", with_keyset=True)
+
+
+def _guarded(operator: OpOverload, differentiate: Kernel) -> Kernel:
+    """Return the kernel behind a look at the tangents."""
 
     def refuse_or_differentiate(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
         if any(torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in _tensors(arguments)):
             raise BackendError(
-                f"so8t::{name} has no forward-mode derivative, and an argument carries a tangent; "
-                "use backend='eager', which is made of plain operations."
+                f"{operator._namespace}::{operator._opname} has no forward-mode derivative, and an argument carries a "
+                "tangent; use backend='eager', which is made of plain operations."
             )
-        return differentiate.call_boxed(keyset, *arguments, **keywords)
+        return differentiate(keyset, *arguments, **keywords)
 
-    with warnings.catch_warnings():
-        # PyTorch says once that a kernel replaces another: here it wraps it.
-        warnings.filterwarnings("ignore", category=UserWarning)
-        _LIBRARY.impl(name, refuse_or_differentiate, "Autograd", with_keyset=True, allow_override=True)
+    return refuse_or_differentiate
 
 
 def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -74,7 +74,7 @@ def _register_rotate(name: str, forward: Callable[[Tensor, Tensor], Tensor], bac
 
     rotate.register_autograd(differentiate, setup_context=keep)
     rotate_backward.register_autograd(differentiate_backward, setup_context=keep_all)
-    refuse_tangents(name, f"{name}_backward")
+    refuse_tangents(rotate, rotate_backward)
     return rotate
 
 
@@ -164,4 +164,4 @@ def _pass_through(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 away_from_cut.register_autograd(_pass_through)
-refuse_tangents("exponential", "exponential_adjoint", "away_from_cut")
+refuse_tangents(exponential, exponential_adjoint, away_from_cut)

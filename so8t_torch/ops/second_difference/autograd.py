@@ -77,4 +77,4 @@ def _gradient_backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]
 
 energy.register_autograd(_energy_backward, setup_context=_save_energy)
 gradient.register_autograd(_gradient_backward, setup_context=_save_gradient)
-refuse_tangents("second_difference_energy", "second_difference_gradient")
+refuse_tangents(energy, gradient)
