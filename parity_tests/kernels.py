@@ -8,11 +8,14 @@ Run: python -m parity_tests.kernels (in a process without TRITON_INTERPRET).
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,17 +60,32 @@ def gate(kernels: Iterable[KernelSpec], capabilities: Iterable[int] = CAPABILITI
     Raises:
         RuntimeError: kernels were decorated in a process with TRITON_INTERPRET=1 and cannot be compiled.
     """
-    rows = []
-    for spec in kernels:
-        if not isinstance(spec.kernel, triton.runtime.JITFunction):
-            raise RuntimeError(
-                f"{spec.room}: expected a compiled kernel, got {type(spec.kernel).__name__}; "
-                "run this in a process started without TRITON_INTERPRET"
-            )
-        for capability in capabilities:
-            for tile, element in _variants(spec):
-                rows.append(_compile(spec, tile, element, capability))
-    return rows
+    tasks = [
+        (spec, tile, element, capability)
+        for spec in map(_compilable, kernels)
+        for capability in capabilities
+        for tile, element in _variants(spec)
+    ]
+    # Kernels do not pickle: a forked process finds the tasks where they are and is told a number.
+    _TASKS[:] = tasks
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_compile_task, range(len(tasks)), chunksize=4))
+
+
+_TASKS: list[tuple[KernelSpec, Tile, str, int]] = []
+
+
+def _compile_task(number: int) -> KernelRow:
+    return _compile(*_TASKS[number])
+
+
+def _compilable(spec: KernelSpec) -> KernelSpec:
+    if not isinstance(spec.kernel, triton.runtime.JITFunction):
+        raise RuntimeError(
+            f"{spec.room}: expected a compiled kernel, got {type(spec.kernel).__name__}; "
+            "run this in a process started without TRITON_INTERPRET"
+        )
+    return spec
 
 
 def _variants(spec: KernelSpec) -> Iterator[tuple[Tile, str]]:

@@ -108,13 +108,20 @@ def with_zeros(generator):
     return sign_a, log_a, sign_b, log_b
 
 
-def with_shifts(height, std=2.0):
+def with_shifts(height):
     def draw(generator):
-        sign_a, log_a, sign_b, log_b = gaussian(generator, std)
+        sign_a, log_a, sign_b, log_b = gaussian(generator, 2.0)
         log_a += height * generator.choice([-1, 0, 1], (ROWS, 1))
         return sign_a, log_a, sign_b, log_b + height * generator.choice([-1, 0, 1], COLUMNS)
 
     return draw
+
+
+def with_distant_rows(generator):
+    """Wide logs about 10⁸, where float32 counts by eights."""
+    sign_a, log_a, sign_b, log_b = gaussian(generator, 60.0, (45, 200, 37))
+    log_a += 1e8 * generator.standard_normal((len(log_a), 1))
+    return sign_a, log_a, sign_b, log_b + 1e8 * generator.standard_normal(log_b.shape[1])
 
 
 def with_useless_giants(generator):
@@ -179,7 +186,7 @@ FAMILIES = {
     "zeros": with_zeros,
     "shifts of 80": with_shifts(80.0),
     "shifts of 10⁴": with_shifts(1e4),
-    "shifts of 10⁸, std 60": with_shifts(1e8, 60.0),
+    "std 60 about 10⁸": with_distant_rows,
     "useless giants": with_useless_giants,
     "opposed, std 30": with_opposed_factors(30.0),
     "opposed, std 200": with_opposed_factors(200.0),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from so8t_torch.core.forward_mode import refuse_tangents
-from so8t_torch.ops.lns import eager, gradient, ladder
+from so8t_torch.ops.lns import eager, gradient, ladder, rescaling
 
 
 def product(
@@ -30,7 +30,7 @@ def product(
         nothing = log.new_empty(0, dtype=torch.int8)
         return ladder.Product(nothing if sign is None else sign, log, low, rung.abs(), rung < 0)
     with _exact_float32():
-        return ladder.matmul(ladder.operands(sign_a, log_a, sign_b, log_b))
+        return ladder.matmul(rescaling.operands(sign_a, log_a, sign_b, log_b))
 
 
 def _matmul(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def _gradient(
             return kernels.max_backward(g, *factors)
         return kernels.matmul_backward(g, None, *factors, None if sign_a is None else sign_c, log_c, scaled)
     with _exact_float32():
-        return gradient.matmul(g, ladder.operands(*factors), scaled, log_c)
+        return gradient.matmul(g, rescaling.operands(*factors), scaled, log_c)
 
 
 def _in_range(log_a: Tensor, log_b: Tensor, total: Tensor) -> Tensor:

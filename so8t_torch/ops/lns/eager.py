@@ -19,7 +19,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from so8t_torch.core.errors import DomainError
 from so8t_torch.core.precision import accumulation_dtype
-from so8t_torch.ops.lns import ladder
+from so8t_torch.ops.lns import ladder, rescaling
 from so8t_torch.ops.lns.arguments import Factors
 
 Search = Callable[[Tensor, Tensor], Tensor]
@@ -108,7 +108,7 @@ def _without_derivative(
         raise DomainError(
             "lns: expected finite logs or −∞ where derivatives are taken, got +∞ or NaN; mask them first."
         )
-    found = ladder.matmul(ladder.operands(sign_a, log_a.double(), sign_b, log_b.double()))
+    found = ladder.matmul(rescaling.operands(sign_a, log_a.double(), sign_b, log_b.double()))
     return found.sign, found.log
 
 
@@ -186,7 +186,7 @@ def _factors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return E, F and the shift a_i + b_j in float64; the shifts are constants of the differentiation."""
     wide_a, wide_b = masked(sign_a, log_a).double(), masked(sign_b, log_b).double()
-    shift_a, shift_b = ladder.shifts(wide_a.detach(), -1), ladder.shifts(wide_b.detach(), -2)
+    shift_a, shift_b = rescaling.shifts(wide_a.detach(), -1), rescaling.shifts(wide_b.detach(), -2)
     left, right = (wide_a - shift_a).exp(), (wide_b - shift_b).exp()
     left = left * check(wide_a.detach(), wide_b.detach(), left.detach() @ right.detach())
     if sign_a is not None and sign_b is not None:
@@ -197,7 +197,7 @@ def _factors(
 def in_range(log_a: Tensor, log_b: Tensor, total: Tensor) -> Tensor:
     """Return 1, or raise unless every sum of magnitudes is finite and in the range of float64, or has no term."""
     roundoff = torch.finfo(torch.float64).eps / 2
-    lost = ~(total > log_a.shape[-1] * math.exp(-ladder.EXPONENT_RANGE[torch.float64]) / roundoff)
+    lost = ~(total > log_a.shape[-1] * math.exp(-rescaling.EXPONENT_RANGE[torch.float64]) / roundoff)
     if not bool(lost.any()):
         return total.new_ones(())
     present_a, present_b = ((log != -math.inf).double() for log in (log_a, log_b))

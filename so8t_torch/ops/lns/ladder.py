@@ -27,65 +27,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from so8t_torch.ops.lns.rescaling import Operands, boost_of, lowest, rescale
+
 RUNGS = ("rescaled", "boosted", "blocked", "float64", "streamed")
-EXPONENT_RANGE = {torch.float32: 87.3, torch.float64: 708.0}
 BLOCK = 64
 """Terms that share a shift on the K-blocked rung."""
-PANEL = 128
-"""Terms of a signed sum that are added in one chain; the fewer, the tighter the bound of its rounding error."""
 STREAM_ELEMENTS = 1 << 17
 """Terms held at once on the streamed rung: one megabyte in float64."""
 STREAM_COST = 128
 """Time of one streamed term in multiplications of a GEMM: 3 to 5 ns against 0.02 (float32) or 0.04 ns, on one core."""
 EXP_COST = 64
 """Time of one exponential on the same scale."""
-
-
-class Operands(NamedTuple):
-    """Logs (…, M, K) and (…, K, N) with their signs, or with None where every number is positive."""
-
-    sign_a: Tensor | None
-    log_a: Tensor
-    sign_b: Tensor | None
-    log_b: Tensor
-
-    @property
-    def signed(self) -> bool:
-        """Whether the operands carry signs."""
-        return self.sign_a is not None
-
-    def item(self, index: int) -> Operands:
-        """Return the two-dimensional operands of one batch item."""
-        sign_a, sign_b = (None if x is None else x[index] for x in (self.sign_a, self.sign_b))
-        return Operands(sign_a, self.log_a[index], sign_b, self.log_b[index])
-
-    def block(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Operands:
-        """Return the chosen rows of A and columns of B in a dtype."""
-        sign_a = None if self.sign_a is None else self.sign_a[rows]
-        sign_b = None if self.sign_b is None else self.sign_b.index_select(1, columns)
-        return Operands(sign_a, self.log_a[rows].to(dtype), sign_b, self.log_b.index_select(1, columns).to(dtype))
-
-    def terms(self, part: slice) -> Operands:
-        """Return the operands of a range of the summation index k."""
-        sign_a = None if self.sign_a is None else self.sign_a[..., part]
-        sign_b = None if self.sign_b is None else self.sign_b[..., part, :]
-        return Operands(sign_a, self.log_a[..., part], sign_b, self.log_b[..., part, :])
-
-
-class Rescaled(NamedTuple):
-    """The product of linear factors and what it takes to accept it; the true product is exp(shift) times larger."""
-
-    total: Tensor
-    shift_a: Tensor
-    shift_b: Tensor
-    bound: Tensor
-    floor: float
-    boost: float
-
-    @property
-    def shift(self) -> Tensor:
-        """The sums a_i + b_j − 2β, exact in float64 also where the shifts' own dtype would round them."""
-        return self.shift_a.double() + self.shift_b.double() - 2 * self.boost
 
 
 class Product(NamedTuple):
@@ -122,93 +74,6 @@ class Report(NamedTuple):
         """Return the share of the outputs that each rung computed, by its name."""
         total = max(self.rung.numel(), 1)
         return {name: int((self.rung == code).sum()) / total for code, name in enumerate(RUNGS)}
-
-
-def operands(sign_a: Tensor | None, log_a: Tensor, sign_b: Tensor | None, log_b: Tensor) -> Operands:
-    """Return the operands with log −∞ wherever the sign is zero."""
-    return Operands(sign_a, _counted(sign_a, log_a), sign_b, _counted(sign_b, log_b))
-
-
-def _counted(sign: Tensor | None, log: Tensor) -> Tensor:
-    if sign is None or bool(sign.abs().amin() > 0):
-        return log
-    return log.masked_fill(sign == 0, -math.inf)
-
-
-def boost_of(dtype: torch.dtype, terms: int) -> float:
-    """Return the largest whole β for which K exp(2β) is finite."""
-    return float(math.floor((EXPONENT_RANGE[dtype] - math.log(max(terms, 1))) / 2))
-
-
-def shifts(log: Tensor, dim: int) -> Tensor:
-    """Return the maxima along ``dim`` rounded up to whole numbers, a finite number below all others where all is −∞."""
-    return log.amax(dim, keepdim=True).ceil_().clamp_(min=_lowest(log.dtype))
-
-
-def _lowest(dtype: torch.dtype) -> float:
-    return -torch.finfo(dtype).max / 8
-
-
-def rescale(x: Operands, boost: float = 0.0, sharp: bool = True) -> Rescaled:
-    """Return the real product of the factors and what an entry of it must exceed to be accepted.
-
-    With signs Σ|terms| is a second product if ``sharp``, else the Cauchy–Schwarz bound of it.
-    """
-    shift_a, shift_b = shifts(x.log_a, -1), shifts(x.log_b, -2)
-    dtype, terms = x.log_a.dtype, x.log_a.shape[-1]
-    roundoff = torch.finfo(dtype).eps / 2
-    floor = terms * math.exp(boost - EXPONENT_RANGE[dtype]) / roundoff
-    total = x.log_a.new_empty(*x.log_a.shape[:-1], x.log_b.shape[-1])
-    if not x.signed:
-        for part, left, right in panels(x, shift_a, shift_b, boost):
-            _add_product(total, left, right, first=part.start == 0)
-        return Rescaled(total, shift_a, shift_b, total.new_tensor(floor), floor, boost)
-    slack = roundoff * (min(terms, PANEL) + math.ceil(terms / PANEL) + math.log(terms) + 16 + 2 * boost)
-    square_a, square_b, bound = torch.zeros_like(shift_a), torch.zeros_like(shift_b), torch.empty_like(total)
-    size = torch.zeros_like(total) if sharp else None
-    for part, left, right in panels(x, shift_a, shift_b, boost):
-        if part.start == 0:
-            torch.matmul(left, right, out=total)
-        else:
-            total.add_(torch.matmul(left, right, out=bound))
-        if size is None:
-            square_a += left.square().sum(-1, keepdim=True)
-            square_b += right.square().sum(-2, keepdim=True)
-        else:
-            size.add_(torch.matmul(left.abs_(), right.abs_(), out=bound))
-    if size is not None:
-        bound = size.mul_(slack + roundoff * EXPONENT_RANGE[dtype]).add_(floor)
-    else:
-        torch.mul(square_a.sqrt_().mul_(slack), square_b.sqrt_(), out=bound).add_(floor)
-    return Rescaled(total, shift_a, shift_b, bound, floor, boost)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Add a product of factors without signs to the total, which nothing is in at first."""
-    add = total.addmm_ if total.ndim == 2 else total.baddbmm_
-    add(left, right, beta=0 if first else 1)
-
-
-def panels(x: Operands, shift_a: Tensor, shift_b: Tensor, boost: float = 0.0) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield E = s exp(A − a + β) and F = s exp(B − b + β), PANEL values of k at a time, each over the one before.
-
-    β is added last: a − β would be rounded where a is large, and E be out of range.
-    """
-    terms = x.log_a.shape[-1]
-    width = min(terms, PANEL)
-    rows = x.log_a.new_empty(*x.log_a.shape[:-1], width)
-    columns = x.log_b.new_empty(*x.log_b.shape[:-2], width, x.log_b.shape[-1])
-    for start in range(0, terms, PANEL):
-        part = slice(start, min(start + PANEL, terms))
-        own = x.terms(part)
-        left = torch.sub(own.log_a, shift_a, out=rows[..., : part.stop - start])
-        right = torch.sub(own.log_b, shift_b, out=columns[..., : part.stop - start, :])
-        for factor in (left, right):
-            (factor.add_(boost) if boost else factor).exp_()
-        if own.sign_a is not None and own.sign_b is not None:
-            left.mul_(own.sign_a)
-            right.mul_(own.sign_b)
-        yield part, left, right
 
 
 def matmul(x: Operands) -> Product:
@@ -362,7 +227,7 @@ def _without_zeros(item: _Item, rejected: Entries) -> Entries:
 def _blocked(x: Operands, boost: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return S, its shift and its bound with shifts of BLOCK terms each, merged online."""
     total, bound = (x.log_a.new_zeros(x.log_a.shape[0], x.log_b.shape[1]) for _ in range(2))
-    shift = total.new_full(total.shape, 2 * _lowest(total.dtype), dtype=torch.float64)
+    shift = total.new_full(total.shape, 2 * lowest(total.dtype), dtype=torch.float64)
     for start in range(0, x.log_a.shape[-1], BLOCK):
         part = rescale(x.terms(slice(start, start + BLOCK)), boost)
         own = part.shift
