@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from so8t_torch.core.forward_mode import refuse_tangents
 from so8t_torch.ops.lns import eager, gradient, ladder, rescaling
 
 
@@ -140,6 +141,7 @@ def _gradient_backward(ctx: Any, along_a: Tensor, along_b: Tensor) -> tuple[Tens
 
 matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
 matmul_gradient.register_autograd(_gradient_backward, setup_context=_save_gradient)
+refuse_tangents(matmul, matmul_gradient, search, in_range)
 
 
 @contextmanager

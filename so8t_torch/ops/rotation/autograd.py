@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from so8t_torch.core.backend import triton_installed
+from so8t_torch.core.forward_mode import refuse_tangents
 from so8t_torch.ops.rotation import charts, eager
 
 Backward = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
@@ -73,6 +74,7 @@ def _register_rotate(name: str, forward: Callable[[Tensor, Tensor], Tensor], bac
 
     rotate.register_autograd(differentiate, setup_context=keep)
     rotate_backward.register_autograd(differentiate_backward, setup_context=keep_all)
+    refuse_tangents(rotate, rotate_backward)
     return rotate
 
 
@@ -162,3 +164,4 @@ def _pass_through(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 away_from_cut.register_autograd(_pass_through)
+refuse_tangents(exponential, exponential_adjoint, away_from_cut)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from so8t_torch.core.forward_mode import refuse_tangents
 from so8t_torch.ops.second_difference import eager
 
 
@@ -76,3 +77,4 @@ def _gradient_backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]
 
 energy.register_autograd(_energy_backward, setup_context=_save_energy)
 gradient.register_autograd(_gradient_backward, setup_context=_save_gradient)
+refuse_tangents(energy, gradient)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from so8t_torch.core.errors import DomainError
+from so8t_torch.core.forward_mode import register_autograd
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.tensor_train import eager, head
 
@@ -308,12 +309,11 @@ def _topk_backward(ctx: Any, grad: Tensor, _ids: Tensor) -> tuple[Any, ...]:
     return along, turned, None, None
 
 
-torch.library.register_autograd(rows, _rows_backward, setup_context=_save_rows)
-torch.library.register_autograd(rows_gradient, _rows_gradient_backward, setup_context=_save_rows_gradient)
-torch.library.register_autograd(logits, _logits_backward, setup_context=_save_logits)
-torch.library.register_autograd(logits_gradient, _logits_gradient_backward, setup_context=_save_logits_gradient)
-torch.library.register_autograd(cross_entropy, _cross_entropy_backward, setup_context=_save_cross_entropy)
-torch.library.register_autograd(
-    cross_entropy_gradient, _cross_entropy_gradient_backward, setup_context=_save_cross_entropy_gradient
-)
-torch.library.register_autograd(topk, _topk_backward, setup_context=_save_topk)
+register_autograd(rows, _rows_backward, setup_context=_save_rows)
+register_autograd(rows_gradient, _rows_gradient_backward, setup_context=_save_rows_gradient)
+register_autograd(logits, _logits_backward, setup_context=_save_logits)
+register_autograd(logits_gradient, _logits_gradient_backward, setup_context=_save_logits_gradient)
+register_autograd(cross_entropy, _cross_entropy_backward, setup_context=_save_cross_entropy)
+register_autograd(cross_entropy_gradient, _cross_entropy_gradient_backward, setup_context=_save_cross_entropy_gradient)
+register_autograd(topk, _topk_backward, setup_context=_save_topk)
+register_autograd(checked)
