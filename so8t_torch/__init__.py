@@ -22,6 +22,18 @@ _EXPORTS = {
     "lns_matmul": "so8t_torch.nn.lns_linear",
     "tt_contraction_memory_efficient": "so8t_torch.nn.tensor_train_embedding",
     "load_compressed": "so8t_torch.models.compression",
+    "fused_associative_scan": "so8t_torch.nn.associative_scan",
+    "NonHermitianPotential": "so8t_torch.nn.dissipative_bk",
+    "DissipativeBKLayer": "so8t_torch.nn.dissipative_bk",
+    "SNRMemoryFilter": "so8t_torch.nn.memory_selection",
+    "MemoryImportanceEstimator": "so8t_torch.nn.memory_selection",
+    "MemoryResonanceLayer": "so8t_torch.nn.memory_resonance",
+    "ZetaBasisTransform": "so8t_torch.nn.memory_resonance",
+    "ZetaEmbedding": "so8t_torch.nn.zeta_embedding",
+    "ZetaInitializer": "so8t_torch.nn.zeta_initialization",
+    "apply_zeta_initialization": "so8t_torch.nn.zeta_initialization",
+    "get_zeta_statistics": "so8t_torch.nn.zeta_initialization",
+    "HamiltonianBlock": "so8t_torch.nn.hamiltonian",
 }
 
 __all__ = sorted(_EXPORTS)

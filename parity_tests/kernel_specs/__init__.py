@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parity_tests.kernel_specs.linear_recurrence import linear_recurrence_specs
 from parity_tests.kernel_specs.lns import lns_specs
 from parity_tests.kernel_specs.rotation import rotation_specs
 from parity_tests.kernel_specs.second_difference import second_difference_specs
@@ -13,4 +14,5 @@ __all__ = ["KernelSpec", "specs"]
 
 def specs() -> tuple[KernelSpec, ...]:
     """Return every kernel of the library."""
-    return (*lns_specs(), *rotation_specs(), *second_difference_specs(), *tensor_train_specs())
+    rooms = (linear_recurrence_specs, lns_specs, rotation_specs, second_difference_specs, tensor_train_specs)
+    return tuple(spec for room in rooms for spec in room())

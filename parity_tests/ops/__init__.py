@@ -1,7 +1,19 @@
 """The table: every declared pair, in one explicit tuple."""
 
 from parity_tests.harness.pair import OpPair
-from parity_tests.ops import lns, rotation, second_difference, tensor_train, triality
+from parity_tests.ops import (
+    linear_recurrence,
+    lns,
+    physics,
+    resonance,
+    rotation,
+    second_difference,
+    snr_filter,
+    tensor_train,
+    triality,
+    tridiagonal,
+    zeta,
+)
 
 PAIRS: tuple[OpPair, ...] = (
     *rotation.PAIRS,
@@ -9,4 +21,10 @@ PAIRS: tuple[OpPair, ...] = (
     *second_difference.PAIRS,
     *lns.PAIRS,
     *tensor_train.PAIRS,
+    *linear_recurrence.PAIRS,
+    *tridiagonal.PAIRS,
+    *snr_filter.PAIRS,
+    *resonance.PAIRS,
+    *zeta.PAIRS,
+    *physics.PAIRS,
 )
