@@ -54,14 +54,14 @@ class Mixer:
         self, path: str, tokens: Tokens, state: np.ndarray | None = None, segment_ids: np.ndarray | None = None
     ) -> Output:
         """Return the outputs of all tokens, and the last state."""
-        if path == DEFINITION:
-            side, convert, options = self.definition, jnp.asarray, dict(self.options)
-        else:
-            side, convert, options = self.production, _batch_of_one, {**self.options, "backend": path}
+        defined = path == DEFINITION
+        side = self.definition if defined else self.production
+        convert: Callable[[np.ndarray], Any] = jnp.asarray if defined else _batch_of_one
+        options = self.options if defined else {**self.options, "backend": path}
         numbers = {name: convert(value) for name, value in tokens.items()}
         start, ids = (None if x is None else convert(x) for x in (state, segment_ids))
         found = self.call(side, numbers, start, ids, options)
-        y, final = (np.asarray(x) if path == DEFINITION else x[0].numpy() for x in found)
+        y, final = (np.asarray(x) if defined else x[0].numpy() for x in found)
         return y, final
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,17 @@ DOCUMENTS, EDITS = (40, 50, 60), (1, 63, 64, 100, 149)
 FEW = (20, 22, 30), (1, 63, 64)
 """The same for kernels: an interpreter takes a second for what they do in microseconds."""
 VALUES = pytest.mark.parametrize("value", [None, np.inf, np.nan], ids=["finite", "inf", "nan"])
-PATHS = [
-    pytest.param(mixer, path, id=f"{mixer.name}-{path}", marks=[pytest.mark.interpreter] if path == "triton" else [])
-    for mixer in MIXERS
-    for path in (DEFINITION, *mixer.paths)
-]
-CHUNKED = [param for param in PATHS if param.values[0].chunk and param.values[1] not in ("eager", DEFINITION)]
+PAIRS = [(mixer, path) for mixer in MIXERS for path in (DEFINITION, *mixer.paths)]
+
+
+def listed(pairs: list[tuple[Mixer, str]]) -> list[Any]:
+    """Name the parameters of a test, and mark those that run kernels."""
+    marks = {"triton": [pytest.mark.interpreter]}
+    return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}", marks=marks.get(pair[1], [])) for pair in pairs]
+
+
+PATHS = listed(PAIRS)
+CHUNKED = listed([(mixer, path) for mixer, path in PAIRS if mixer.chunk and path not in ("eager", DEFINITION)])
 
 
 def generator_of(mixer: Mixer) -> np.random.Generator:
@@ -58,7 +64,12 @@ def ids_of(lengths: tuple[int, ...]) -> np.ndarray:
 def pieces(tokens: dict[str, np.ndarray], *edges: int) -> list[dict[str, np.ndarray]]:
     """Cut tokens into pieces."""
     bounds = (0, *edges, len(next(iter(tokens.values()))))
-    return [{n: x[a:b] for n, x in tokens.items()} for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [{n: x[a:b] for n, x in tokens.items()} for a, b in pairwise(bounds)]
+
+
+def cuts(mixer: Mixer, length: int, number: int) -> list[int]:
+    """Draw where to cut."""
+    return sorted(generator_of(mixer).choice(np.arange(1, length), number, replace=False).tolist())
 
 
 def streamed(mixer: Mixer, path: str, parts: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +90,7 @@ def close(found: np.ndarray, expected: np.ndarray, dtype: str) -> bool:
 @VALUES
 @pytest.mark.parametrize(("mixer", "path"), PATHS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_an_edit_changes_no_bit_before_it(mixer, path, value):
+def test_an_edit_changes_no_bit_before_it(mixer: Mixer, path: str, value: float | None) -> None:
     documents, edits = sizes_of(path)
     tokens = drawn(mixer, sum(documents))
     y, _ = mixer.run(path, tokens)
@@ -91,20 +102,19 @@ def test_an_edit_changes_no_bit_before_it(mixer, path, value):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("mixer", "path"), PATHS)
-def test_pieces_of_any_length_give_what_one_run_gives(mixer, path, dtype):
+def test_pieces_of_any_length_give_what_one_run_gives(mixer: Mixer, path: str, dtype: str) -> None:
     length = sum(sizes_of(path)[0])
     tokens = drawn(mixer, length, dtype)
     y, state = mixer.run(path, tokens)
     several = (2,) if path == DEFINITION else (2, 7)  # JAX compiles every length anew
-    cuts = [np.sort(generator_of(mixer).choice(np.arange(1, length), n, replace=False)) for n in several]
-    for edges in [(length // 2,), *cuts]:
-        found, last = streamed(mixer, path, pieces(tokens, *map(int, edges)))
+    for edges in [[length // 2], *(cuts(mixer, length, n) for n in several)]:
+        found, last = streamed(mixer, path, pieces(tokens, *edges))
         assert close(found, y, dtype), edges
         assert close(last, state, dtype), edges
 
 
 @pytest.mark.parametrize(("mixer", "path"), PATHS)
-def test_token_by_token_gives_what_one_run_gives(mixer, path):
+def test_token_by_token_gives_what_one_run_gives(mixer: Mixer, path: str) -> None:
     length = sizes_of(path)[0][0]
     tokens = drawn(mixer, length)
     y, state = mixer.run(path, tokens)
@@ -114,7 +124,8 @@ def test_token_by_token_gives_what_one_run_gives(mixer, path):
 
 
 @pytest.mark.parametrize(("mixer", "path"), CHUNKED)
-def test_pieces_of_whole_chunks_give_the_same_bits(mixer, path):
+def test_pieces_of_whole_chunks_give_the_same_bits(mixer: Mixer, path: str) -> None:
+    assert mixer.chunk is not None
     tokens = drawn(mixer, 2 * mixer.chunk + 22)
     y, state = mixer.run(path, tokens)
     found, last = streamed(mixer, path, pieces(tokens, mixer.chunk, 2 * mixer.chunk))
@@ -124,7 +135,7 @@ def test_pieces_of_whole_chunks_give_the_same_bits(mixer, path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("mixer", "path"), PATHS)
-def test_a_packed_document_is_what_it_is_alone(mixer, path, dtype):
+def test_a_packed_document_is_what_it_is_alone(mixer: Mixer, path: str, dtype: str) -> None:
     lengths = sizes_of(path)[0]
     tokens = drawn(mixer, sum(lengths), dtype)
     y, state = mixer.run(path, tokens, segment_ids=ids_of(lengths))
@@ -136,7 +147,7 @@ def test_a_packed_document_is_what_it_is_alone(mixer, path, dtype):
 @VALUES
 @pytest.mark.parametrize(("mixer", "path"), PATHS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_another_document_or_padding_changes_no_bit(mixer, path, value):
+def test_another_document_or_padding_changes_no_bit(mixer: Mixer, path: str, value: float | None) -> None:
     """Padding, left or right, is a document of its own: here the first, the middle and the last one in turn."""
     ids = ids_of(sizes_of(path)[0])
     tokens = drawn(mixer, len(ids))
