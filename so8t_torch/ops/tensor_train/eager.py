@@ -11,9 +11,7 @@ order of the sorted ids, so the result is the same bits on every run.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,12 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from so8t_torch.core.pages import allocate
 from so8t_torch.core.precision import accumulation_dtype
 
 TILE_ELEMENTS = 5 << 15
 """Numbers per tile of rows: five eighths of a megabyte in float32, which a core's second-level cache holds."""
-_HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -164,20 +161,6 @@ def segment_sums(grad: Tensor, found: Segments, begin: int, end: int, starts: li
 def step_matrices(cores: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return C_k as (v_k, r_{k−1}, w_k r_k) in the given dtype: a row is then a chain of matrix products."""
     return [core.to(dtype).transpose(2, 3).flatten(2).contiguous() for core in cores]
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return unwritten memory on the CPU, on huge pages where the system has them.
-
-    Fresh memory is paid for by the page: 50 MB are 12,288 faults on small pages and 24 on huge ones.
-    """
-    out = torch.empty(shape, dtype=dtype)
-    if _LIBC is not None and out.nbytes >= _HUGE_PAGE:
-        begin = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        size = (out.data_ptr() + out.nbytes) // _HUGE_PAGE * _HUGE_PAGE - begin
-        if size > 0:
-            _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _MADV_HUGEPAGE)
-    return out
 
 
 class Train:
