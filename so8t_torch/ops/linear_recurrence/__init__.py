@@ -117,17 +117,20 @@ def _of_real_parts(
     a: Tensor, b: Tensor, initial: Tensor | None, segment_ids: Tensor | None, reverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Run real multipliers on complex inputs: real and imaginary parts are two channels that do not meet."""
-
-    def flat(x: Tensor) -> Tensor:
-        return torch.view_as_real(x.resolve_conj()).flatten(-2)
-
-    def pairs(x: Tensor) -> Tensor:
-        return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
     doubled = a.repeat_interleave(2, -1) if a.ndim and a.shape[-1] > 1 else a
-    start = None if initial is None else flat(initial)
-    h, final = linear_recurrence(doubled, flat(b), start, segment_ids, reverse=reverse, backend=backend)
-    return pairs(h), pairs(final)
+    start = None if initial is None else _as_channels(initial)
+    h, final = linear_recurrence(doubled, _as_channels(b), start, segment_ids, reverse=reverse, backend=backend)
+    return _as_complex(h), _as_complex(final)
+
+
+def _as_channels(x: Tensor) -> Tensor:
+    """Return complex x (..., C) as real (..., 2C): real part, imaginary part, real part, ..."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-2)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    """Return real (..., 2C) as complex (..., C)."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def _restarts(segment_ids: Tensor, reverse: bool) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from so8t_torch.core.forward_mode import register_autograd
 from so8t_torch.ops.linear_recurrence import eager
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -127,5 +128,5 @@ def _gradient_backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ..
     return *found, None, None, None
 
 
-torch.library.register_autograd(recurrence, _recurrence_backward, setup_context=_save_recurrence)
-torch.library.register_autograd(gradient, _gradient_backward, setup_context=_save_gradient)
+register_autograd(recurrence, _recurrence_backward, _save_recurrence)
+register_autograd(gradient, _gradient_backward, _save_gradient)
