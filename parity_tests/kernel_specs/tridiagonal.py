@@ -16,17 +16,22 @@ def tridiagonal_specs() -> tuple[KernelSpec, ...]:
     """Return the kernels of the room ``tridiagonal``: a sweep and the reduction of its parts, twice."""
     whole, cut = {"SPLIT": False, "PARTS": 1}, {"SPLIT": True, "PARTS": kernels.MOST_PARTS}
     found: list[KernelSpec] = []
-    for tiles in kernels.TILES.values():
-        found += _each(kernels.reduce_ratios_kernel, {"d_ptr": "*fp64", "beta_ptr": "*"}, tiles, {})
-        found += _each(kernels.reduce_scan_kernel, {"m_ptr": "*", "s_ptr": "*"}, tiles, {})
-        for way in (whole, cut):
+    for lanes, tiles in kernels.TILES.items():
+        # only the longest blocks are enough of them to be cut into parts
+        longest = lanes == max(kernels.TILES)
+        if longest:
+            found += _each(kernels.reduce_ratios_kernel, {"d_ptr": "*fp64", "beta_ptr": "*"}, tiles, {})
+            found += _each(kernels.reduce_scan_kernel, {"m_ptr": "*", "s_ptr": "*"}, tiles, {})
+        for way in (whole, cut) if longest else (whole,):
             ratios = {"d_ptr": "*fp64", "beta_ptr": "*", "ratio_ptr": "*"}
             found += _each(kernels.ratios_kernel, ratios, tiles, way)
             found += _each(kernels.scan_kernel, {"m_ptr": "*", "s_ptr": "*", "x_ptr": "*"}, tiles, way)
     return tuple(found)
 
 
-def _each(kernel: Any, pointers: dict[str, str], tiles: tuple[Tile, ...], constants: dict[str, Any]) -> Iterator[KernelSpec]:
+def _each(
+    kernel: Any, pointers: dict[str, str], tiles: tuple[Tile, ...], constants: dict[str, Any]
+) -> Iterator[KernelSpec]:
     """Yield a kernel on pairs of numbers of float32 and float64; a lane's sites lie apart from the next one's."""
     yield KernelSpec(
         room="tridiagonal",

@@ -14,7 +14,7 @@ from so8t_torch.core.errors import BackendError, ConfigError, DomainError, Shape
 from so8t_torch.ops import tridiagonal as production
 
 DTYPES = ("float64", "float32")
-BACKENDS = ("blocked",)
+BACKENDS = ("blocked", "triton")
 SIZES = ({"N": 3}, {"N": 17}, {"N": 40})
 LONG = ({"N": 3}, {"N": 17}, {"N": 256})
 EDGES = ({"N": 1}, {"N": 2})
