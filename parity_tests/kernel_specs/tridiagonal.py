@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from parity_tests.kernel_specs.spec import KernelSpec
-from so8t_torch.core.launch import Tile
 from so8t_torch.ops.tridiagonal import kernels
 
 INTEGERS = {"chains": "i32", "length": "i32", "parts": "i32", "span": "i32:16", "backwards": "i32"}
+CHAIN, SCAN = {"d_ptr": "*fp64", "beta_ptr": "*"}, {"m_ptr": "*", "s_ptr": "*"}
+WHOLE, CUT = {"SPLIT": False, "PARTS": 1}, {"SPLIT": True, "PARTS": kernels.MOST_PARTS}
 
 
 def tridiagonal_specs() -> tuple[KernelSpec, ...]:
-    """Return the kernels of the room ``tridiagonal``: a sweep and the reduction of its parts, twice."""
-    whole, cut = {"SPLIT": False, "PARTS": 1}, {"SPLIT": True, "PARTS": kernels.MOST_PARTS}
-    found: list[KernelSpec] = []
-    for lanes, tiles in kernels.TILES.items():
-        # only the longest blocks are enough of them to be cut into parts
-        longest = lanes == max(kernels.TILES)
-        if longest:
-            found += _each(kernels.reduce_ratios_kernel, {"d_ptr": "*fp64", "beta_ptr": "*"}, tiles, {})
-            found += _each(kernels.reduce_scan_kernel, {"m_ptr": "*", "s_ptr": "*"}, tiles, {})
-        for way in (whole, cut) if longest else (whole,):
-            ratios = {"d_ptr": "*fp64", "beta_ptr": "*", "ratio_ptr": "*"}
-            found += _each(kernels.ratios_kernel, ratios, tiles, way)
-            found += _each(kernels.scan_kernel, {"m_ptr": "*", "s_ptr": "*", "x_ptr": "*"}, tiles, way)
+    """Return the kernels of the room ``tridiagonal``; only the longest blocks are ever so many that they are cut."""
+    found = []
+    for lanes in kernels.TILES:
+        found += [
+            _spec(kernels.ratios_kernel, {**CHAIN, "ratio_ptr": "*"}, lanes, WHOLE),
+            _spec(kernels.scan_kernel, {**SCAN, "x_ptr": "*"}, lanes, WHOLE),
+        ]
+    lanes = max(kernels.TILES)
+    found += [
+        _spec(kernels.ratios_kernel, {**CHAIN, "ratio_ptr": "*"}, lanes, CUT),
+        _spec(kernels.scan_kernel, {**SCAN, "x_ptr": "*"}, lanes, CUT),
+        _spec(kernels.reduce_ratios_kernel, CHAIN, lanes, {}),
+        _spec(kernels.reduce_scan_kernel, SCAN, lanes, {}),
+    ]
     return tuple(found)
 
 
-def _each(
-    kernel: Any, pointers: dict[str, str], tiles: tuple[Tile, ...], constants: dict[str, Any]
-) -> Iterator[KernelSpec]:
-    """Yield a kernel on pairs of numbers of float32 and float64; a lane's sites lie apart from the next one's."""
-    yield KernelSpec(
+def _spec(kernel: Any, pointers: dict[str, str], lanes: int, constants: dict[str, Any]) -> KernelSpec:
+    """Return a kernel on real pairs: lanes lie apart in memory, no load is wide; float64 where blocks are longest."""
+    return KernelSpec(
         room="tridiagonal",
         kernel=kernel,
-        tiles=tiles,
+        tiles=kernels.TILES[lanes],
         signature={**pointers, "product_ptr": "*fp64", **INTEGERS},
         constants={"SITES": kernels.SITES, **constants},
-        elements=("fp32", "fp64"),
+        elements=("fp32", "fp64") if lanes == max(kernels.TILES) else ("fp32",),
         wide_loads=0,
         wide_stores=0,
     )

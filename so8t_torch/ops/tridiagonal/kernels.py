@@ -36,7 +36,7 @@ MOST_PARTS = 64
 FEWEST_PARTS = 4
 """Below, the second kernel costs more than the blocks that run side by side save."""
 TILES = {
-    8: (Tile(warps=1, constants={"LANES": 8}),),
+    4: (Tile(warps=1, constants={"LANES": 4}),),
     32: (Tile(warps=1, constants={"LANES": 32}),),
     128: (Tile(warps=4, constants={"LANES": 128}),),
 }
@@ -44,18 +44,16 @@ TILES = {
 
 
 @triton.jit
-def _times(x, y):
-    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+def _times_plus(m, x, s):
+    """Return m x + s."""
+    return m[0] * x[0] - m[1] * x[1] + s[0], m[0] * x[1] + m[1] * x[0] + s[1]
 
 
 @triton.jit
-def _add(x, y):
-    return x[0] + y[0], x[1] + y[1]
-
-
-@triton.jit
-def _less(x, y):
-    return x[0] - y[0], x[1] - y[1]
+def _mixed(a, x, b, y):
+    """Return a x + b y."""
+    re = a[0] * x[0] - a[1] * x[1] + (b[0] * y[0] - b[1] * y[1])
+    return re, a[0] * x[1] + a[1] * x[0] + (b[0] * y[1] + b[1] * y[0])
 
 
 @triton.jit
@@ -71,20 +69,12 @@ def _where(condition, x, y):
 
 
 @triton.jit
-def _largest(x, y):
-    return tl.maximum(tl.maximum(tl.abs(x[0]), tl.abs(x[1])), tl.maximum(tl.abs(y[0]), tl.abs(y[1])))
-
-
-@triton.jit
-def _scaled(x, scale):
-    return x[0] * scale, x[1] * scale
-
-
-@triton.jit
 def _normalised(a, b, c, d):
     """Return the matrix [[a, b], [c, d]] divided by its largest real or imaginary part."""
-    scale = 1.0 / tl.maximum(_largest(a, b), _largest(c, d))
-    return _scaled(a, scale), _scaled(b, scale), _scaled(c, scale), _scaled(d, scale)
+    upper = tl.maximum(tl.maximum(tl.abs(a[0]), tl.abs(a[1])), tl.maximum(tl.abs(b[0]), tl.abs(b[1])))
+    lower = tl.maximum(tl.maximum(tl.abs(c[0]), tl.abs(c[1])), tl.maximum(tl.abs(d[0]), tl.abs(d[1])))
+    t = 1.0 / tl.maximum(upper, lower)
+    return (a[0] * t, a[1] * t), (b[0] * t, b[1] * t), (c[0] * t, c[1] * t), (d[0] * t, d[1] * t)
 
 
 @triton.jit
@@ -92,9 +82,7 @@ def _after(ar, ai, br, bi, cr, ci, dr, di, af, er, ei, fr, fi, gr, gi, hr, hi, e
     """Return the matrix [[e, f], [g, h]] times [[a, b], [c, d]], or the former where it forgets."""
     a, b, c, d = (ar, ai), (br, bi), (cr, ci), (dr, di)
     e, f, g, h = (er, ei), (fr, fi), (gr, gi), (hr, hi)
-    p, q = _add(_times(e, a), _times(f, c)), _add(_times(e, b), _times(f, d))
-    r, s = _add(_times(g, a), _times(h, c)), _add(_times(g, b), _times(h, d))
-    p, q, r, s = _normalised(p, q, r, s)
+    p, q, r, s = _normalised(_mixed(e, a, f, c), _mixed(e, b, f, d), _mixed(g, a, h, c), _mixed(g, b, h, d))
     forgets = ef > 0.0
     p, q, r, s = _where(forgets, e, p), _where(forgets, f, q), _where(forgets, g, r), _where(forgets, h, s)
     return p[0], p[1], q[0], q[1], r[0], r[1], s[0], s[1], tl.maximum(af, ef)
@@ -103,9 +91,10 @@ def _after(ar, ai, br, bi, cr, ci, dr, di, af, er, ei, fr, fi, gr, gi, hr, hi, e
 @triton.jit
 def _then(ar, ai, xr, xi, af, br, bi, yr, yi, bf):
     """Return the map X ↦ b (a X + x) + y, or the latter alone where it forgets."""
-    b, forgets = (br, bi), bf > 0.0
-    factor = _where(forgets, b, _times(b, (ar, ai)))
-    found = _where(forgets, (yr, yi), _add((yr, yi), _times(b, (xr, xi))))
+    b, y, forgets = (br, bi), (yr, yi), bf > 0.0
+    zero = tl.zeros_like(br)
+    factor = _where(forgets, b, _times_plus(b, (ar, ai), (zero, zero)))
+    found = _where(forgets, y, _times_plus(b, (xr, xi), y))
     return factor[0], factor[1], found[0], found[1], tl.maximum(af, bf)
 
 
@@ -151,7 +140,7 @@ def _at(visited, length, back):
 
 @triton.jit
 def _chain_sites(d_ptr, beta_ptr, first, lane, length, back, SITES: tl.constexpr):
-    """Return d, β to the site before and whether that is zero, for the sites of each lane."""
+    """Return d, −β to the site before and whether that is zero, for the sites of each lane."""
     sites = ()
     for k in tl.static_range(SITES):
         visited = first + lane * SITES + k
@@ -159,7 +148,7 @@ def _chain_sites(d_ptr, beta_ptr, first, lane, length, back, SITES: tl.constexpr
         at = _at(visited, length, back)
         d = _pair(d_ptr, at, inside, 1.0)
         beta = _pair(beta_ptr, tl.where(back, at, at - 1), inside & (visited > 0), 0.0)
-        sites += ((d, beta, (beta[0] == 0.0) & (beta[1] == 0.0)),)
+        sites += ((d, (-beta[0], -beta[1]), (beta[0] == 0.0) & (beta[1] == 0.0)),)
     return sites
 
 
@@ -167,17 +156,15 @@ def _chain_sites(d_ptr, beta_ptr, first, lane, length, back, SITES: tl.constexpr
 def _products(sites, carried, lane, SITES: tl.constexpr):
     """Return the product of each lane and of all before it in the block, the first lane's times what is carried."""
     zero = tl.zeros_like(sites[0][0][0])
-    a, b = (tl.where(lane == 0, carried[0], 1.0), tl.where(lane == 0, carried[1], 0.0)), (zero, zero)
-    b = tl.where(lane == 0, carried[2], 0.0), tl.where(lane == 0, carried[3], 0.0)
-    c = tl.where(lane == 0, carried[4], 0.0), tl.where(lane == 0, carried[5], 0.0)
-    d = tl.where(lane == 0, carried[6], 1.0), tl.where(lane == 0, carried[7], 0.0)
+    nothing, one = (zero, zero), (zero + 1.0, zero)
+    a, b = _where(lane == 0, carried[0:2], one), _where(lane == 0, carried[2:4], nothing)
+    c, d = _where(lane == 0, carried[4:6], nothing), _where(lane == 0, carried[6:8], one)
     forgets = tl.where(lane == 0, carried[8], 0.0)
     for k in tl.static_range(SITES):
-        energy, beta, cut = sites[k]
-        upper = _where(cut, energy, _less(_times(energy, a), _times(beta, c)))
-        other = _where(cut, (zero, zero), _less(_times(energy, b), _times(beta, d)))
-        c, d = _where(cut, (zero + 1.0, zero), a), _where(cut, (zero, zero), b)
-        a, b = upper, other
+        energy, minus_beta, cut = sites[k]
+        upper = _mixed(energy, a, minus_beta, c), _mixed(energy, b, minus_beta, d)
+        c, d = _where(cut, one, a), _where(cut, nothing, b)
+        a, b = _where(cut, energy, upper[0]), _where(cut, nothing, upper[1])
         forgets = tl.where(cut, 1.0, forgets)
     a, b, c, d = _normalised(a, b, c, d)
     own = (a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1], forgets)
@@ -243,8 +230,8 @@ def ratios_kernel(
         before = _over(below, above)
         x = before
         for k in tl.static_range(SITES):
-            energy, beta, cut = sites[k]
-            x = _less(energy, _where(cut, (zero, zero), _times(beta, before)))
+            energy, minus_beta, cut = sites[k]
+            x = _where(cut, energy, _times_plus(minus_beta, before, energy))
             visited = first + lane * SITES + k
             _put(ratio_ptr, _at(visited, length, back), x, visited < length)
             before = _over((zero + 1.0, zero), x)
@@ -268,13 +255,13 @@ def _scan_sites(m_ptr, s_ptr, first, lane, length, back, SITES: tl.constexpr):
 def _sums(sites, carried, lane, SITES: tl.constexpr):
     """Return the map of each lane and all before it in the block, the first lane's after what is carried."""
     zero = tl.zeros_like(sites[0][0][0])
-    factor = tl.where(lane == 0, carried[0], 1.0), tl.where(lane == 0, carried[1], 0.0)
-    x = tl.where(lane == 0, carried[2], 0.0), tl.where(lane == 0, carried[3], 0.0)
+    nothing = zero, zero
+    factor, x = _where(lane == 0, carried[0:2], (zero + 1.0, zero)), _where(lane == 0, carried[2:4], nothing)
     forgets = tl.where(lane == 0, carried[4], 0.0)
     for k in tl.static_range(SITES):
         m, s, cut = sites[k]
-        factor = _where(cut, (zero, zero), _times(m, factor))
-        x = _where(cut, s, _add(s, _times(m, x)))
+        factor = _where(cut, nothing, _times_plus(m, factor, nothing))
+        x = _where(cut, s, _times_plus(m, x, s))
         forgets = tl.where(cut, 1.0, forgets)
     return tl.associative_scan((factor[0], factor[1], x[0], x[1], forgets), 0, _then)
 
@@ -331,7 +318,7 @@ def scan_kernel(
         x = _entering(found[2], enters[0], lane), _entering(found[3], enters[1], lane)
         for k in tl.static_range(SITES):
             m, s, cut = sites[k]
-            x = _where(cut, s, _add(s, _times(m, x)))
+            x = _where(cut, s, _times_plus(m, x, s))
             visited = first + lane * SITES + k
             _put(x_ptr + own, _at(visited, length, back), x, visited < length)
         enters = _last(x[0], lane, LANES), _last(x[1], lane, LANES)
