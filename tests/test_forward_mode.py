@@ -88,8 +88,15 @@ def registered():
 def made_up(argument, dual):
     """An argument of the type in the schema; nothing is computed with it."""
     kind = str(argument.type)
-    values = {"Tensor": dual, "List[Tensor]": [dual], "int": 1, "float": 1.0, "bool": False, "str": "eager",
-              "List[bool]": [False]}
+    values = {
+        "Tensor": dual,
+        "List[Tensor]": [dual],
+        "int": 1,
+        "float": 1.0,
+        "bool": False,
+        "str": "eager",
+        "List[bool]": [False],
+    }
     return values.get(kind)
 
 

@@ -16,8 +16,14 @@ pytestmark = [
 kernels = pytest.importorskip("so8t_torch.ops.tridiagonal.kernels")
 BLOCK = 4 * kernels.SITES
 """Sites of a block of the fewest lanes."""
-CUTS = [(1, 4), (3, 4), (1, 32)]
-"""Parts and lanes: blocks in a row, parts side by side, one block."""
+CUTS = [(1, 4), (3, 4)]
+"""Parts and lanes: blocks in a row, and parts of them side by side."""
+
+
+@pytest.fixture(autouse=True)
+def few_parts(monkeypatch):
+    """An interpreter takes every lane of a scan by itself."""
+    monkeypatch.setattr(kernels, "MOST_PARTS", 4)
 
 
 def drawn(*shape, seed=0):
@@ -56,8 +62,8 @@ def near(found, wanted, tolerance):
     return (np.abs(found.numpy() - wanted) <= tolerance * np.abs(wanted).max(-1, keepdims=True)).all()
 
 
-@pytest.mark.parametrize(("parts", "lanes"), CUTS)
-@pytest.mark.parametrize("reverse", [[False], [True, False]])
+@pytest.mark.parametrize(("parts", "lanes"), [*CUTS, (1, 32)])
+@pytest.mark.parametrize("reverse", [[True, False]])
 def test_blocks_and_parts_carry_what_the_loop_carries(reverse, parts, lanes):
     n = 3 * BLOCK + 5
     d, beta = chains(n)
@@ -72,13 +78,12 @@ def test_blocks_and_parts_carry_what_the_loop_carries(reverse, parts, lanes):
 
 
 @pytest.mark.parametrize(("parts", "lanes"), CUTS)
-@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
-def test_what_comes_later_changes_no_bit(poison, parts, lanes):
+def test_what_comes_later_changes_no_bit(parts, lanes):
     n = 2 * BLOCK + 8
-    d, beta = chains(n)
-    m, s = 0.9 * drawn(1, 2, n, seed=2), drawn(1, 2, n, seed=3)
+    d, beta = (x[:1] for x in chains(n))
+    m, s = 0.9 * drawn(1, 1, n, seed=2), drawn(1, 1, n, seed=3)
     before = kernels.ratios(d, beta, [False], parts, lanes), kernels.linear_scan(m, s, [False], parts, lanes)
-    for j in (BLOCK - 3, BLOCK + 9):
+    for j, poison in ((BLOCK - 3, torch.inf), (BLOCK + 9, torch.nan)):
         edited = [x.clone() for x in (d, beta, m, s)]
         for x, first in zip(edited, (j, j - 1, j, j), strict=True):
             x[..., first:] = poison
@@ -92,7 +97,7 @@ def test_what_comes_later_changes_no_bit(poison, parts, lanes):
 
 
 @pytest.mark.parametrize(("parts", "lanes"), CUTS)
-@pytest.mark.parametrize("start", [5, 8, BLOCK, 2 * BLOCK + 1])
+@pytest.mark.parametrize("start", [5, BLOCK])
 def test_a_zero_keeps_what_is_lost_on_its_side_and_nothing_else_does(start, parts, lanes):
     n = 2 * BLOCK + 8
     d, beta = chains(n)
@@ -126,7 +131,7 @@ def test_no_scale_of_energy_leaves_the_range(scale):
 
 def test_single_precision_keeps_five_digits():
     generator = torch.Generator().manual_seed(0)
-    n = 700
+    n = 300
     h, b = (torch.randn(1, n - k, generator=generator) for k in range(2))
     z = torch.tensor([0.1 + 0.01j], dtype=torch.complex64)
     beta = np.append(b[0].double().numpy() ** 2, 0)
@@ -152,22 +157,30 @@ def test_the_gradient_is_that_of_a_dense_inverse():
         assert (slope - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
-def test_second_derivatives_and_opcheck():
-    chain = [(0.5 * drawn(1, size, seed=k)).requires_grad_() for k, size in enumerate((3, 2, 2))]
-    z = torch.tensor([0.2 + 2.5j], dtype=torch.complex128)
+def test_second_derivatives_are_those_of_plain_operations():
+    chain = [0.5 * drawn(1, size, seed=k) for k, size in enumerate((6, 5, 5))]
+    z, weight, direction = torch.tensor([0.2 + 2.5j], dtype=torch.complex128), drawn(1, 6, seed=5), drawn(1, 6, seed=6)
 
-    def full(h, b, c):
-        return room.green(h, b, c, z, mode="full", require_dissipation=False, backend="triton")
+    def second(backend):
+        h, b, c = (x.clone().requires_grad_() for x in chain)
+        g = room.green(h, b, c, z, mode="full", require_dissipation=False, backend=backend)
+        (slope,) = torch.autograd.grad(g, h, weight, create_graph=True)
+        return torch.autograd.grad(slope, (h, b, c), direction)
 
-    assert torch.autograd.gradgradcheck(full, chain, fast_mode=True)
-    d, beta = (x.requires_grad_() for x in chains(BLOCK))
+    for found, wanted in zip(second("triton"), second("eager"), strict=True):
+        assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+
+
+def test_the_registered_operations_pass_opcheck():
     kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+    d, beta = drawn(1, 3).requires_grad_(), drawn(1, 3, seed=1).requires_grad_()
     torch.library.opcheck(torch.ops.so8t.tridiagonal_ratios.default, (d, beta, [True], "triton"), test_utils=kinds)
-    m, s = drawn(1, 2, 5).requires_grad_(), drawn(1, 2, 5, seed=1).requires_grad_()
+    m, s = drawn(1, 1, 3).requires_grad_(), drawn(1, 1, 3, seed=1).requires_grad_()
     torch.library.opcheck(torch.ops.so8t.tridiagonal_linear_scan.default, (m, s, [True], "triton"), test_utils=kinds)
 
 
-def test_long_chains_are_cut_where_they_are_few():
+def test_long_chains_are_cut_where_they_are_few(monkeypatch):
+    monkeypatch.undo()
     assert kernels._parts(rows=1, blocks=64, wanted=None) == 64
     assert kernels._parts(rows=32, blocks=4, wanted=None) == 4
     assert kernels._parts(rows=32, blocks=3, wanted=None) == 1

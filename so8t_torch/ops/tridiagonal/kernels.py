@@ -2,8 +2,8 @@
 
     ratios    [u, v] ← [d u − β v, u],  x = u/v,  x_i = d_i − β/x_before        scan    x_i = s_i + m_i x_before
 
-One program walks along one chain, a block of lanes at a time. Each lane reduces its sites to one 2×2 matrix (A, X for the
-scan), an associative scan over the lanes gives what enters each, and then each lane runs the plain recurrence from
+One program walks along one chain, a block of lanes at a time. Each lane reduces its sites to one 2×2 matrix (A, X for
+the scan), an associative scan over the lanes gives what enters each, and then each lane runs the plain recurrence from
 there; what leaves the last lane enters the next block. So results have the accuracy of the recurrence. Where chains are
 too few to fill a device they are cut into parts: a first kernel reduces every part to its matrix, and in the second
 every part multiplies those before it.
@@ -13,7 +13,7 @@ each matrix says that it forgets what precedes it, and what it forgets is not mu
 numbers are neighbouring real pairs.
 """
 
-# Triton reads a kernel's annotations itself: only ``tl.constexpr`` may stand there; tuples of sites grow as they unroll.
+# Triton reads a kernel's annotations: only ``tl.constexpr`` may stand there. Tuples of sites grow as they unroll.
 # mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 
 from __future__ import annotations
