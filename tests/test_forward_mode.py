@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 import so8t_torch.ops
 from so8t_torch.core.errors import BackendError
-from so8t_torch.ops import lns, rotation, second_difference, tensor_train, triality
+from so8t_torch.ops import lns, rotation, second_difference, tensor_train, triality, tridiagonal
 
 
 def drawn(*shape, seed=0):
@@ -22,6 +22,7 @@ MASK = torch.ones(2, 6, dtype=torch.int64)
 POSITIVE = torch.ones(4, 5, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
 ROTATION = rotation.exponential(drawn(2, 28, seed=3))
 FACTOR, CHANNELS = drawn(5, 3, seed=4), drawn(3, 16, seed=5)
+COUPLINGS, HEIGHT = drawn(5, seed=6), torch.tensor(0.1 + 1.0j, dtype=torch.complex128)
 
 # name, function of one tensor and a backend, that tensor, registered backends
 CALLS = (
@@ -43,6 +44,8 @@ CALLS = (
     ("tensor_train.logits", lambda h, b: tensor_train.logits(h, *CORES, backend=b), drawn(3, 6), ("tiled",)),
     ("tensor_train.cross_entropy", lambda h, b: tensor_train.cross_entropy(h, IDS, *CORES, backend=b), drawn(3, 6),
      ("tiled", "triton")),
+    ("tridiagonal.green", lambda h, b: tridiagonal.green(h, COUPLINGS, COUPLINGS, HEIGHT, backend=b).imag, drawn(6),
+     ("blocked", "triton")),
 )  # fmt: skip
 PLAIN = {"rotation.cayley", "lns.encode"}
 """What contains no operator of its own."""
@@ -85,7 +88,15 @@ def registered():
 def made_up(argument, dual):
     """An argument of the type in the schema; nothing is computed with it."""
     kind = str(argument.type)
-    values = {"Tensor": dual, "List[Tensor]": [dual], "int": 1, "float": 1.0, "bool": False, "str": "eager"}
+    values = {
+        "Tensor": dual,
+        "List[Tensor]": [dual],
+        "int": 1,
+        "float": 1.0,
+        "bool": False,
+        "str": "eager",
+        "List[bool]": [False],
+    }
     return values.get(kind)
 
 

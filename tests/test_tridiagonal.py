@@ -318,4 +318,4 @@ def test_autocast_leaves_the_precision_alone():
 
 def test_the_choice_of_backend_can_be_explained():
     lines = room.explain_backend(torch.zeros(3)).splitlines()
-    assert [line.split(":")[0].strip() for line in lines] == ["blocked", "eager"]
+    assert [line.split(":")[0].strip() for line in lines] == ["triton", "blocked", "eager"]

@@ -14,7 +14,9 @@ from so8t_torch.core.errors import BackendError, ConfigError, DomainError, Shape
 from so8t_torch.ops import tridiagonal as production
 
 DTYPES = ("float64", "float32")
-BACKENDS = ("blocked",)
+BACKENDS = ("blocked", "triton")
+HOST_BACKENDS = ("blocked",)
+"""For what adds nothing to the sweeps of other pairs: an interpreted kernel takes seconds."""
 SIZES = ({"N": 3}, {"N": 17}, {"N": 40})
 LONG = ({"N": 3}, {"N": 17}, {"N": 256})
 EDGES = ({"N": 1}, {"N": 2})
@@ -204,7 +206,7 @@ def pair(name: str, oracle: Any, *, inputs: Any = CHAINS, laws: tuple[Law, ...] 
         wrt=(0, 1, 2, 3),
         dtypes=DTYPES,
         budget=options.pop("budget", BUDGET),
-        backends=BACKENDS,
+        backends=options.pop("backends", BACKENDS),
         edge_sizes=EDGES,
         laws=laws,
         **options,
@@ -229,12 +231,23 @@ PAIRS: tuple[OpPair, ...] = (
         rejections=(Rejection("unknown_mode", chain, ConfigError, "'causal' or 'full'", {"mode": "both"}),),
     ),
     pair(
-        "green:hermitian", dense_green, inputs=HERMITIAN, laws=(Law("ward", ward_law, 64.0),), keywords={"mode": "full"}
+        "green:hermitian",
+        dense_green,
+        inputs=HERMITIAN,
+        laws=(Law("ward", ward_law, 64.0),),
+        keywords={"mode": "full"},
+        backends=HOST_BACKENDS,
     ),
     pair("ratios", dense_ratios, rejections=REJECTIONS[:3]),
-    pair("ratios:hermitian", dense_ratios, inputs=HERMITIAN, laws=(Law("herglotz", herglotz_law, 4.0),)),
-    pair("log_det", dense_log_det, laws=(Law("determinant", determinant_law, 2048.0),)),
-    pair("off_diagonals", dense_off_diagonals, laws=(Law("inverse", inverse_law, 256.0),)),
+    pair(
+        "ratios:hermitian",
+        dense_ratios,
+        inputs=HERMITIAN,
+        laws=(Law("herglotz", herglotz_law, 4.0),),
+        backends=HOST_BACKENDS,
+    ),
+    pair("log_det", dense_log_det, laws=(Law("determinant", determinant_law, 2048.0),), backends=HOST_BACKENDS),
+    pair("off_diagonals", dense_off_diagonals, laws=(Law("inverse", inverse_law, 256.0),), backends=HOST_BACKENDS),
     OpPair(
         name="tridiagonal.advance",
         reference=reference.advance,

@@ -2,7 +2,7 @@
 
 The derivative of either is a linear scan against the sweep and products of what was saved, so both are
 differentiable to any order: β and the ratios are saved, or the multipliers and the result. Forward-mode derivatives do
-not pass through a registered operation; the public functions take the plain form there.
+not pass through a registered operation, which refuses tangents; the public functions take the plain form there.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from so8t_torch.core.forward_mode import refuse_tangents
 from so8t_torch.ops.tridiagonal import eager
 
 
-def _ratios(d: Tensor, beta: Tensor, reverse: Sequence[bool], backend: str) -> Tensor:  # noqa: ARG001
+def _ratios(d: Tensor, beta: Tensor, reverse: Sequence[bool], backend: str) -> Tensor:
+    if backend == "triton":
+        from so8t_torch.ops.tridiagonal import kernels
+
+        return kernels.ratios(d, beta, reverse)
     return eager.ratios_blocked(d, beta, reverse)
 
 
-def _linear_scan(m: Tensor, s: Tensor, reverse: Sequence[bool], backend: str) -> Tensor:  # noqa: ARG001
+def _linear_scan(m: Tensor, s: Tensor, reverse: Sequence[bool], backend: str) -> Tensor:
+    if backend == "triton":
+        from so8t_torch.ops.tridiagonal import kernels
+
+        return kernels.linear_scan(m, s, reverse)
     return eager.linear_scan_blocked(m, s, reverse)
 
 
@@ -76,3 +85,4 @@ def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 ratios.register_autograd(_ratios_backward, setup_context=_save_ratios)
 linear_scan.register_autograd(_scan_backward, setup_context=_save_scan)
+refuse_tangents(ratios, linear_scan)
