@@ -33,15 +33,20 @@ class Balance(NamedTuple):
 
     Attributes:
         energy: E_t.
+        entering: E_{t−1}, of the state that enters; 0 where it is dropped.
         dissipation: (1 − a_t²) E_{t−1}, what forgetting took.
         supply: a_t η_t ⟨S_{t−1}, k_t u_tᵀ⟩ + ½ η_t² |k_t|² |u_t|², what writing brought.
-        residual: E_t − E_{t−1} + dissipation − supply; rounding errors.
     """
 
     energy: Array
+    entering: Array
     dissipation: Array
     supply: Array
-    residual: Array
+
+    @property
+    def residual(self) -> Array:
+        """E_t − E_{t−1} + dissipation − supply: rounding errors."""
+        return self.energy - self.entering + self.dissipation - self.supply
 
 
 def hebbian(
@@ -161,7 +166,7 @@ def energy_balance(
         overlap = jnp.einsum("hkv,hk,hv->h", before, key, written)
         write = strength_t**2 * (key**2).sum(-1) * (written**2).sum(-1) / 2
         dissipation, supply = (1 - a**2) * enter, a * strength_t * overlap + write
-        return after, Balance(energy, dissipation, supply, energy - enter + dissipation - supply)
+        return after, Balance(energy, enter, dissipation, supply)
 
     rows = keys, v.astype(kind), retention, strength, _restarts(segment_ids, v.shape[0])
     return jax.lax.scan(advance, _start(initial, k, v, kind), rows)[1]

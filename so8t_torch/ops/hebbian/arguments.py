@@ -79,8 +79,10 @@ def prepare(
 
 def unit(k: Tensor) -> Tensor:
     """Return keys divided by their norms; a key of zeros stays one, with gradient 0."""
-    length, empty = norms(k)
-    return torch.where(empty[..., None], 0.0, k.to(length.dtype) / length[..., None])
+    # converted once, so that the two parts of the gradient are added before they are rounded
+    wide = k.to(accumulation_dtype(k.dtype))
+    length, empty = norms(wide)
+    return torch.where(empty[..., None], 0.0, wide / length[..., None])
 
 
 def weakened(eta: Tensor, k: Tensor) -> Tensor:

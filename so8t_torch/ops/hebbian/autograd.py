@@ -78,9 +78,10 @@ gradient = torch.library.custom_op(
 
 
 @hebbian.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, _g: Tensor, _eta: Tensor, initial: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+def _(_q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _, _, initial, _, delta, _ = others
     rows, length, heads, width = v.shape
-    shape, chunks = (k.shape[-1], width), -(-length // eager.CHUNK)
+    shape, chunks = (k.shape[-1], width), len(eager.chunks(length, delta))
     final = v.new_empty((rows, heads, *shape), dtype=v.dtype if initial is None else initial.dtype)
     states = v.new_empty((rows, heads, chunks, *shape), dtype=accumulation_dtype(v.dtype))
     return v.new_empty(v.shape), final, states

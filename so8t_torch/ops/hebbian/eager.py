@@ -12,7 +12,7 @@ out by zero, which says NaN where that is not finite: such a chunk is put right 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from so8t_torch.core.precision import accumulation_dtype
 
 CHUNK = 64
 """Tokens of a chunk: a product of matrices per head is 64 × 64."""
+DELTA_CHUNK = 16
+"""The same for the delta rule, whose triangular system loses digits with its size."""
 TILE_ELEMENTS = 1 << 15
 """Entries of one argument that are worked on together: 128 KB in float32, so that a chunk stays in the cache."""
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -43,6 +45,10 @@ class Part(NamedTuple):
     v: Tensor
     log_decay: Tensor
     eta: Tensor
+
+
+Chunk = Callable[[Part, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+"""What a chunk reads and leaves, as a function of it, the state that enters, restarts, and the rule."""
 
 
 class Weights(NamedTuple):
@@ -120,10 +126,10 @@ def recurrence_chunked(
     """Return y, the last state (N, H, K, V) and the states (N, H, T/C, K, V) that enter the chunks."""
     y, start = torch.empty_like(v, memory_format=torch.contiguous_format), _start(initial, k, v)
     final = torch.empty_like(start, dtype=v.dtype if initial is None else initial.dtype)
-    states = start.new_empty((*start.shape[:2], -(-v.shape[1] // CHUNK), *start.shape[2:]))
+    states = start.new_empty((*start.shape[:2], len(chunks(v.shape[1], delta)), *start.shape[2:]))
     for n in rows_together(v, k):
         state = start[n]
-        for place, t in enumerate(chunks(v.shape[1])):
+        for place, t in enumerate(chunks(v.shape[1], delta)):
             states[n, :, place] = state
             part = part_of(q, k, v, log_decay, eta, n, t)
             found, state = _finite_or_walked(part, state, _some(restart, n, t), delta)
@@ -151,7 +157,7 @@ def gradient_chunked(
     kind = accumulation_dtype(v.dtype)
     for n in rows_together(v, k):
         passed = grad_final[n].to(kind)
-        for place, t in reversed(list(enumerate(chunks(v.shape[1])))):
+        for place, t in reversed(list(enumerate(chunks(v.shape[1], delta)))):
             part, state, flags = part_of(*inputs, n, t), states[n, :, place], _some(restart, n, t)
             arrived = grad[n, t].transpose(1, 2).to(kind, memory_format=torch.contiguous_format)
             *grads, onward = _pulled(part, state, flags, arrived, passed, delta)
@@ -210,9 +216,10 @@ def rows_together(v: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(first, min(first + together, rows)) for first in range(0, rows, together))
 
 
-def chunks(length: int) -> list[slice]:
+def chunks(length: int, delta: bool) -> list[slice]:
     """Return the tokens of every chunk."""
-    return [slice(first, min(first + CHUNK, length)) for first in range(0, length, CHUNK)]
+    size = DELTA_CHUNK if delta else CHUNK
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
 def _finite_or_walked(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
@@ -252,13 +259,14 @@ def _pulled(
 
 
 def _differentiated(
-    function: object, part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
+    function: Chunk, part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
 ) -> list[Tensor]:
-    """Return the gradients of a chunk by automatic differentiation."""
-    leaves = [x.detach().requires_grad_() for x in (*part, state)]
-    with torch.enable_grad():
-        results = function(Part(*leaves[:-1]), leaves[-1], restart, delta)  # type: ignore[operator]
-    return list(torch.autograd.grad(results, leaves, (grad, passed)))
+    """Return the gradients of a chunk by automatic differentiation, which inside of an operator only functorch does."""
+
+    def of_inputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return function(Part(*inputs[:-1]), inputs[-1], restart, delta)
+
+    return list(torch.func.vjp(of_inputs, *part, state)[1]((grad, passed)))
 
 
 def _adjoint(part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor) -> list[Tensor]:

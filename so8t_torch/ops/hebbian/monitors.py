@@ -32,15 +32,20 @@ class Balance(NamedTuple):
 
     Attributes:
         energy: E_t.
+        entering: E_{t−1}, of the state that enters; 0 where it is dropped.
         dissipation: (1 − a_t²) E_{t−1}, what forgetting took.
         supply: a_t η_t ⟨S_{t−1}, k_t u_tᵀ⟩ + ½ η_t² |k_t|² |u_t|², what writing brought.
-        residual: E_t − E_{t−1} + dissipation − supply; rounding errors.
     """
 
     energy: Tensor
+    entering: Tensor
     dissipation: Tensor
     supply: Tensor
-    residual: Tensor
+
+    @property
+    def residual(self) -> Tensor:
+        """E_t − E_{t−1} + dissipation − supply: rounding errors."""
+        return self.energy - self.entering + self.dissipation - self.supply
 
 
 def energy_balance(
@@ -86,7 +91,7 @@ def energy_balance(
     found = []
     whole = slice(None)
     with torch.autocast(v.device.type, enabled=False):
-        for t in eager.chunks(v.shape[-3]):
+        for t in eager.chunks(v.shape[-3], rule == "delta"):
             part = eager.part_of(keys, keys, given.v, given.log_decay, given.eta, whole, t)
             restart = None if given.restart is None else given.restart[:, t]
             balance, state = _of_chunk(part, state, restart, rule == "delta")
@@ -156,7 +161,7 @@ def _of_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) ->
     supply = (written * read).sum(-1) + keys.square().sum(-1) * written.square().sum(-1) / 2
     dissipation = (1 - retention.square()) * before
     after = weights.through(state) + (keys * weights.leave()).mT @ written
-    return Balance(energy, dissipation, supply, energy - before + dissipation - supply), after
+    return Balance(energy, before, dissipation, supply), after
 
 
 def _norm(x: Tensor) -> Tensor:
