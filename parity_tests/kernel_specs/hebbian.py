@@ -1,0 +1,46 @@
+"""The Triton kernels of the room ``hebbian``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parity_tests.kernel_specs.spec import KernelSpec
+from so8t_torch.core.launch import Tile
+from so8t_torch.ops.hebbian import kernels
+
+SIZES = {"length": "i32", "heads": "i32", "dk": "i32:16", "dv": "i32:16", "chunks": "i32"}
+BY_ELEMENT = (("bf16", "fp32", "tf32"), ("fp16", "fp32", "tf32x3"), ("fp32", "fp32", "tf32x3"), ("fp64", "fp64", "ieee"))
+"""Element, what it is accumulated in, and how products are rounded."""
+
+
+def hebbian_specs() -> tuple[KernelSpec, ...]:
+    """Return the kernels of the room ``hebbian``: the walk and the read in both directions, and the gradients."""
+    return tuple(spec for case in BY_ELEMENT for spec in _kernels(*case))
+
+
+def _kernels(element: str, carried: str, precision: str) -> tuple[KernelSpec, ...]:
+    double = carried == "fp64"
+    flags = {"FLOAT64": double, "RESETS": True, "PRECISION": precision, "C": 64}
+    gates = {"log_ptr": f"*{carried}", "eta_ptr": f"*{carried}", "reset_ptr": "*u8", "states_ptr": f"*{carried}"}
+    walk = {"x_ptr": "*", "z_ptr": "*", **gates, "start_ptr": f"*{carried}", "end_ptr": f"*{carried}", **SIZES}
+    read = {"q_ptr": "*", "k_ptr": "*", "x_ptr": "*", "y_ptr": "*", **gates, **SIZES}
+    gradient = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "dy_ptr", "dq_ptr", "dk_ptr"), "*"), **gates,
+        **dict.fromkeys(("adjoints_ptr", "dlog_ptr", "deta_ptr"), f"*{carried}"), **SIZES,
+    }  # fmt: skip
+    cases: list[tuple[Any, tuple[Tile, ...], dict[str, str], dict[str, Any]]] = [
+        *((kernels.walk_kernel, kernels.WALK_TILES, walk, {"ADJOINT": x, "STARTED": True}) for x in (False, True)),
+        *((kernels.read_kernel, kernels.READ_TILES, read, {"ADJOINT": x, "INTERPRETED": False}) for x in (False, True)),
+        (kernels.gradient_kernel, kernels.GRADIENT_TILES, gradient, {"INTERPRETED": False}),
+    ]
+    return tuple(
+        KernelSpec(
+            room="hebbian",
+            kernel=kernel,
+            tiles=kernels.DOUBLE_TILES if double else tiles,
+            signature=signature,
+            constants={**flags, **own},
+            elements=(element,),
+        )
+        for kernel, tiles, signature, own in cases
+    )
