@@ -94,7 +94,7 @@ def test_chunks_give_what_the_loop_gives(kind, chunk, length):
     wanted = loop(x)
     y, final, states = forward(x, chunk)
     assert y.dtype == kind
-    assert states.shape == (2, 2, -(-length // chunk), 5, 9)
+    assert states.shape == (2, -(-length // chunk), 2, 5, 9)
     assert off(y, wanted["y"]) <= ROUNDING[kind]
     assert off(final, wanted["final"]) <= ROUNDING[final.dtype]
     for name, gradient in backward(x, states, chunk).items():

@@ -4,7 +4,7 @@
     Λ_t = q_t ȳ_tᵀ + a_{t+1} Λ_{t+1}:   ∂k_t = η_t Λ_t v_t,   ∂v_t = η_t Λ_tᵀ k_t,   ∂log a_t = a_t ⟨Λ_t, S_{t−1}⟩
 
 ``walk_kernel`` carries the state from chunk to chunk, or its adjoint back; it is all that is serial, and stores what
-enters each chunk. ``read_kernel`` then makes y, or ∂v, and ``gradient_kernel`` the rest, one program per chunk.
+enters each chunk. ``read_kernel`` then makes y, and with other arguments ∂q, ∂k and ∂v; ``gates_kernel`` makes the rest.
 Every exponent is a sum of log decays, never a difference of two sums: log a = −∞ is exact, and nothing that lies
 beyond a sum enters it. ∂log a_t is summed over the pairs s < t ≤ i that the decay lies between, so that nothing cancels
 and a decay of zero has a gradient of exactly zero. What a token does not reach is selected, not multiplied by zero.
@@ -31,15 +31,26 @@ PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32x3", torch.float32: "tf
 """How products of matrices are rounded: always finer than the stored dtype."""
 
 
-def _tile(warps: int, bk: int, bv: int) -> Tile:
-    return Tile(warps=warps, constants={"BK": bk, "BV": bv})
+def _tile(warps: int, bk: int, bv: int, **constants: int) -> Tile:
+    return Tile(warps=warps, constants={**constants, "BK": bk, "BV": bv})
 
 
-WALK_TILES = (_tile(4, 64, 64), _tile(4, 32, 64), _tile(4, 32, 32))
-READ_TILES = (_tile(4, 64, 64), _tile(4, 32, 64), _tile(8, 64, 64))
-GRADIENT_TILES = (_tile(8, 32, 32), _tile(8, 64, 32))
-DOUBLE_TILES = (_tile(8, 16, 16),)
-"""float64, which has no fast product."""
+WALK_TILES = {
+    2: (_tile(4, 32, 32), _tile(4, 32, 64)),
+    4: (_tile(4, 32, 32), _tile(8, 32, 64)),
+    8: (_tile(8, 16, 16),),
+}
+"""Bytes per element → tiles."""
+READ_TILES = {
+    2: (_tile(4, 32, 64, ROWS=32), _tile(4, 32, 64, ROWS=16), _tile(4, 64, 64, ROWS=16)),
+    4: (_tile(4, 32, 32, ROWS=16), _tile(4, 32, 64, ROWS=16), _tile(8, 32, 64, ROWS=16), _tile(4, 32, 32, ROWS=32)),
+    8: (_tile(8, 16, 16, ROWS=16),),
+}
+GATES_TILES = {
+    2: (_tile(8, 32, 32), _tile(8, 16, 32)),
+    4: (_tile(8, 16, 32), _tile(8, 16, 16)),
+    8: (_tile(8, 16, 16),),
+}
 
 
 @triton.jit
@@ -60,9 +71,10 @@ def _tokens(ptr, rows, columns, stride, inside, width, ACC: tl.constexpr):
 
 
 @triton.jit
-def _state(ptr, a, b, dk, dv):
-    """Return [a, b] of a state, zeros outside."""
-    return tl.load(ptr + a[:, None] * dv + b[None, :], mask=(a < dk)[:, None] & (b < dv)[None, :], other=0.0)
+def _state(ptr, a, b, stride_a, stride_b, wide_a, wide_b):
+    """Return [a, b] of a state, or of its transpose, zeros outside."""
+    at = ptr + a[:, None] * stride_a + b[None, :] * stride_b
+    return tl.load(at, mask=(a < wide_a)[:, None] & (b < wide_b)[None, :], other=0.0)
 
 
 @triton.jit
@@ -91,15 +103,31 @@ def _leaving(log_ptr, rows, stride, inside, reset, C: tl.constexpr):
 
 
 @triton.jit
-def _decays(log_decay, reset, C: tl.constexpr, RESETS: tl.constexpr):
-    """Return D_is, and whether token s reaches token i."""
-    i = tl.arange(0, C)[:, None]
-    s = tl.arange(0, C)[None, :]
-    sums = tl.cumsum(tl.where(i > s, log_decay[:, None], 0.0), 0)
-    reached = i >= s
+def _decays(log_ptr, reset_ptr, tokens, stride, left, C: tl.constexpr, ADJOINT: tl.constexpr, RESETS: tl.constexpr):
+    """Return D between tokens and every token s behind them, or i ahead of them where ADJOINT; which of them is reached.
+
+    What lies between is added up from the token outwards.
+    """
+    others = tl.arange(0, C)
+    t = tokens[:, None]
+    reset = others * 0
     if RESETS:
-        segment = tl.cumsum(reset.to(tl.float32), 0)
-        reached = reached & (segment[:, None] == segment[None, :])
+        reset = tl.load(reset_ptr + others, mask=others < left, other=0).to(tl.int32)
+    if ADJOINT:
+        between = tl.load(log_ptr + others * stride, mask=others < left, other=0.0)
+        reached = others[None, :] >= t
+        sums = tl.cumsum(tl.where(others[None, :] > t, between[None, :], 0.0), 1)
+        if RESETS:
+            cuts = tl.where(others[None, :] > t, reset[None, :], 0)
+            reached = reached & (tl.cumsum(cuts.to(tl.float32), 1) == 0.0)
+    else:
+        behind = (others + 1 < C) & (others + 1 < left)
+        between = tl.load(log_ptr + (others + 1) * stride, mask=behind, other=0.0)
+        reached = others[None, :] <= t
+        sums = tl.cumsum(tl.where(others[None, :] < t, between[None, :], 0.0), 1, reverse=True)
+        if RESETS:
+            last = tl.max(tl.where((reset[None, :] > 0) & reached, others[None, :], -1), 1)
+            reached = reached & (others[None, :] >= last[:, None])
     return tl.exp(tl.where(reached, sums, float("-inf"))), reached
 
 
@@ -109,19 +137,17 @@ def _dot(x, y, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _mix(
-    weights, reached, ptr, rows, columns, stride, inside, width, total, C: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def _mix(weights, reached, x, total, C: tl.constexpr, PRECISION: tl.constexpr):
     """Return total + weights x; what is not finite in x arrives at the tokens that it reaches and at no other."""
-    x = _tokens(ptr, rows, columns, stride, inside, width, total.dtype)
+    others = tl.arange(0, C)
     bad = x - x != 0.0
     total = _dot(weights, tl.where(bad, 0.0, x), total, PRECISION)
     if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
         for j in range(C):
-            own = rows[None, :] == j
+            own = others[None, :] == j
             weight = tl.sum(tl.where(own, weights, 0.0), 1)
             arrives = tl.sum((own & reached).to(tl.int32), 1) > 0
-            row = tl.sum(tl.where(rows[:, None] == j, x, 0.0), 0)
+            row = tl.sum(tl.where(others[:, None] == j, x, 0.0), 0)
             bad_row = row - row != 0.0
             total += tl.where(arrives[:, None] & bad_row[None, :], weight[:, None] * row[None, :], 0.0)
     return total
@@ -149,7 +175,7 @@ def walk_kernel(
         chunk = step
         if ADJOINT:
             chunk = chunks - 1 - step
-        tl.store(states_ptr + (n * chunks + chunk) * size + at, state, mask=within)
+        tl.store(states_ptr + ((n // heads * chunks + chunk) * heads + n % heads) * size + at, state, mask=within)
         token = ((n // heads) * length + chunk * C) * heads + n % heads
         inside = chunk * C + rows < length
         behind = chunk * C + rows + 1 < length
@@ -175,134 +201,123 @@ def walk_kernel(
 
 @triton.jit
 def read_kernel(
-    q_ptr, k_ptr, x_ptr, log_ptr, eta_ptr, reset_ptr, states_ptr, y_ptr, length, heads, dk, dv, chunks,
-    FLOAT64: tl.constexpr, ADJOINT: tl.constexpr, RESETS: tl.constexpr, INTERPRETED: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    own_ptr, other_ptr, x_ptr, log_ptr, eta_ptr, reset_ptr, states_ptr, y_ptr, length, heads, dk, dv, chunks,
+    stride_a, stride_b, FLOAT64: tl.constexpr, ADJOINT: tl.constexpr, RESETS: tl.constexpr, INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Write y of one chunk from v and the state that enters; ∂v from dy and the adjoint that enters from behind."""
+    """Write what tokens read of x: y and ∂q of what is behind them, ∂v and ∂k, where ADJOINT, of what is ahead.
+
+        y_i = Σ_s D_is η_s (q_i·k_s) x_s + a_i… Sᵀq_i        ADJOINT: y_s = η_s (Σ_i D_is (q_i·k_s) x_i + a_s… Λᵀk_s)
+    """  # fmt: skip
     ACC: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     chunk = tl.program_id(0) % chunks
     n = (tl.program_id(0) // chunks).to(tl.int64)
     b = tl.program_id(1) * BV + tl.arange(0, BV)
-    rows = tl.arange(0, C)
-    inside = chunk * C + rows < length
-    token = ((n // heads) * length + chunk * C) * heads + n % heads
-    states_ptr += (n * chunks + chunk) * dk * dv
-    scores = tl.zeros([C, C], ACC)
-    y = tl.zeros([C, BV], ACC)
+    tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    others = tl.arange(0, C)
+    left = length - chunk * C
+    first = ((n // heads) * length + chunk * C) * heads + n % heads
+    reset_ptr += (n // heads) * length + chunk * C
+    states_ptr += ((n // heads * chunks + chunk) * heads + n % heads) * dk * dv
+    scores = tl.zeros([ROWS, C], ACC)
+    y = tl.zeros([ROWS, BV], ACC)
     for start in range(0, dk, BK):
         a = start + tl.arange(0, BK)
-        q = _tokens(q_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC)
-        k = _tokens(k_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC)
-        state = _state(states_ptr, a, b, dk, dv)
-        scores = _dot(q, tl.trans(k), scores, PRECISION)
-        if ADJOINT:
-            y = _dot(k, state, y, PRECISION)
-        else:
-            y = _dot(q, state, y, PRECISION)
-    resets = reset_ptr + (n // heads) * length + chunk * C
-    log_decay, eta, reset = _gates(log_ptr + token, eta_ptr + token, resets, rows, heads, inside, RESETS)
-    decays, reached = _decays(log_decay, reset, C, RESETS)
-    weights = tl.where(reached, scores * decays * eta[None, :], 0.0)
+        own = _tokens(own_ptr + first * dk, tokens, a, heads * dk, tokens < left, dk, ACC)
+        other = _tokens(other_ptr + first * dk, others, a, heads * dk, others < left, dk, ACC)
+        scores = _dot(own, tl.trans(other), scores, PRECISION)
+        y = _dot(own, _state(states_ptr, a, b, stride_a, stride_b, dk, dv), y, PRECISION)
+    decays, reached = _decays(log_ptr + first, reset_ptr, tokens, heads, left, C, ADJOINT, RESETS)
+    scores *= decays
+    log_decay, eta, reset = _gates(log_ptr + first, eta_ptr + first, reset_ptr, others, heads, others < left, RESETS)
     if ADJOINT:
-        weights, reached = tl.trans(weights), tl.trans(reached)
-        left, kept = _leaving(log_ptr + token, rows, heads, chunk * C + rows + 1 < length, reset, C)
-        left *= eta
+        log_decay = tl.where((others[None, :] > tokens[:, None]), log_decay[None, :], 0.0)
+        cuts = tl.where((others[None, :] > tokens[:, None]), reset[None, :], 0)
     else:
-        left, kept = _arriving(log_decay, reset)
-    y *= left[:, None]
+        scores *= eta[None, :]
+        log_decay = tl.where((others[None, :] <= tokens[:, None]), log_decay[None, :], 0.0)
+        cuts = tl.where((others[None, :] <= tokens[:, None]), reset[None, :], 0)
+    y *= tl.exp(tl.sum(log_decay, 1))[:, None]
     if RESETS:
-        y = tl.where(kept[:, None], y, 0.0)
-    y = _mix(weights, reached, x_ptr + token * dv, rows, b, heads * dv, inside, dv, y, C, PRECISION)
-    at = y_ptr + token * dv + rows[:, None] * (heads * dv) + b[None, :]
-    tl.store(at, _rounded(y, y_ptr.dtype.element_ty, INTERPRETED), mask=inside[:, None] & (b < dv)[None, :])
+        y = tl.where((tl.max(cuts, 1) == 0)[:, None], y, 0.0)
+    x = _tokens(x_ptr + first * dv, others, b, heads * dv, others < left, dv, ACC)
+    y = _mix(tl.where(reached, scores, 0.0), reached, x, y, C, PRECISION)
+    if ADJOINT:
+        y *= tl.load(eta_ptr + first + tokens * heads, mask=tokens < left, other=0.0)[:, None]
+    at = y_ptr + first * dv + tokens[:, None] * (heads * dv) + b[None, :]
+    in_range = (tokens < left)[:, None] & (b < dv)[None, :]
+    tl.store(at, _rounded(y, y_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
 
 
 @triton.jit
-def _between(both, eta, C: tl.constexpr):
-    """Return Σ_{s<t≤i} N_is η_s for every t."""
-    t = tl.arange(0, C)[:, None]
-    s = tl.arange(0, C)[None, :]
-    behind = tl.cumsum(tl.where(t > s, both * eta[None, :], 0.0), 0, reverse=True)
-    return tl.sum(tl.where(t > s, behind, 0.0), 1)
+def _scores(x_ptr, z_ptr, rows, stride, inside, width, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """Return x_i·z_s."""
+    scores = tl.zeros([C, C], ACC)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = _tokens(x_ptr, rows, columns, stride, inside, width, ACC)
+        z = _tokens(z_ptr, rows, columns, stride, inside, width, ACC)
+        scores = _dot(x, tl.trans(z), scores, PRECISION)
+    return scores
 
 
 @triton.jit
-def gradient_kernel(
-    q_ptr, k_ptr, v_ptr, dy_ptr, log_ptr, eta_ptr, reset_ptr, states_ptr, adjoints_ptr, dq_ptr, dk_ptr, dlog_ptr,
-    deta_ptr, length, heads, dk, dv, chunks,
-    FLOAT64: tl.constexpr, RESETS: tl.constexpr, INTERPRETED: tl.constexpr,
+def gates_kernel(
+    q_ptr, k_ptr, v_ptr, dy_ptr, log_ptr, eta_ptr, reset_ptr, states_ptr, adjoints_ptr, dlog_ptr, deta_ptr,
+    length, heads, dk, dv, chunks, FLOAT64: tl.constexpr, RESETS: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of q, k, log decays and strengths of one chunk."""
+    """Write the gradients of log decays and strengths of one chunk.
+
+        ∂η_s = Σ_i N_is + w_s,  N_is = D_is (q_i·k_s)(ȳ_i·v_s)    ∂log a_t = Σ_{s<t≤i} N_is η_s + Σ_{i≥t} r_i
+        r_i = a_i… q_iᵀ S ȳ_i,  w_s = a_s… k_sᵀ Λ v_s                        + Σ_{s<t} w_s η_s + a… ⟨Λ, S⟩
+    """  # fmt: skip
     ACC: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     chunk = tl.program_id(0) % chunks
     n = (tl.program_id(0) // chunks).to(tl.int64)
     rows = tl.arange(0, C)
     inside = chunk * C + rows < length
     token = ((n // heads) * length + chunk * C) * heads + n % heads
-    states_ptr += (n * chunks + chunk) * dk * dv
-    adjoints_ptr += (n * chunks + chunk) * dk * dv
-    scores = tl.zeros([C, C], ACC)
-    for start in range(0, dk, BK):
-        a = start + tl.arange(0, BK)
-        q = _tokens(q_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC)
-        k = _tokens(k_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC)
-        scores = _dot(q, tl.trans(k), scores, PRECISION)
-    pairs = tl.zeros([C, C], ACC)
-    for start in range(0, dv, BV):
-        b = start + tl.arange(0, BV)
-        dy = _tokens(dy_ptr + token * dv, rows, b, heads * dv, inside, dv, ACC)
-        v = _tokens(v_ptr + token * dv, rows, b, heads * dv, inside, dv, ACC)
-        pairs = _dot(dy, tl.trans(v), pairs, PRECISION)
+    states_ptr += ((n // heads * chunks + chunk) * heads + n % heads) * dk * dv
+    adjoints_ptr += ((n // heads * chunks + chunk) * heads + n % heads) * dk * dv
     resets = reset_ptr + (n // heads) * length + chunk * C
     log_decay, eta, reset = _gates(log_ptr + token, eta_ptr + token, resets, rows, heads, inside, RESETS)
-    decays, reached = _decays(log_decay, reset, C, RESETS)
-    weights = tl.where(reached, pairs * decays, 0.0)
-    both = tl.where(reached, weights * scores, 0.0)
+    both = _scores(q_ptr + token * dk, k_ptr + token * dk, rows, heads * dk, inside, dk, C, BK, ACC, PRECISION)
+    both *= _scores(dy_ptr + token * dv, v_ptr + token * dv, rows, heads * dv, inside, dv, C, BV, ACC, PRECISION)
+    decays, reached = _decays(
+        log_ptr + token, resets, rows, heads, length - chunk * C, C, False, RESETS
+    )  # fmt: skip
+    both = tl.where(reached, both * decays, 0.0)
     deta = tl.sum(both, 0)
-    dlog = _between(both, eta, C)
-    left, left_kept = _leaving(log_ptr + token, rows, heads, chunk * C + rows + 1 < length, reset, C)
-    arrived, arrived_kept = _arriving(log_decay, reset)
+    t = rows[:, None]
+    s = rows[None, :]
+    behind = tl.cumsum(tl.where(t > s, both * eta[None, :], 0.0), 0, reverse=True)
+    dlog = tl.sum(tl.where(t > s, behind, 0.0), 1)
     read = tl.zeros([C], ACC)
     written = tl.zeros([C], ACC)
     through = tl.zeros([BV], ACC)
-    for start in range(0, dk, BK):
-        a = start + tl.arange(0, BK)
-        dq = tl.zeros([C, BK], ACC)
-        dk_ = tl.zeros([C, BK], ACC)
-        for first in range(0, dv, BV):
-            b = first + tl.arange(0, BV)
-            state = _state(states_ptr, a, b, dk, dv)
-            adjoint = _state(adjoints_ptr, a, b, dk, dv)
-            dy = _tokens(dy_ptr + token * dv, rows, b, heads * dv, inside, dv, ACC)
-            v = _tokens(v_ptr + token * dv, rows, b, heads * dv, inside, dv, ACC)
-            dq = _dot(dy, tl.trans(state), dq, PRECISION)
-            dk_ = _dot(v, tl.trans(adjoint), dk_, PRECISION)
+    for first in range(0, dv, BV):
+        b = first + tl.arange(0, BV)
+        y = tl.zeros([C, BV], ACC)
+        z = tl.zeros([C, BV], ACC)
+        for start in range(0, dk, BK):
+            a = start + tl.arange(0, BK)
+            state = _state(states_ptr, a, b, dv, 1, dk, dv)
+            adjoint = _state(adjoints_ptr, a, b, dv, 1, dk, dv)
             through += tl.sum(state * adjoint, 0)
-        dq *= arrived[:, None]
-        dk_ *= left[:, None]
-        if RESETS:
-            dq = tl.where(arrived_kept[:, None], dq, 0.0)
-            dk_ = tl.where(left_kept[:, None], dk_, 0.0)
-        read += tl.sum(dq * _tokens(q_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC), 1)
-        written += tl.sum(dk_ * _tokens(k_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC), 1)
-        dq = _mix(
-            weights * eta[None, :], reached, k_ptr + token * dk, rows, a, heads * dk, inside, dk, dq, C, PRECISION
-        )  # fmt: skip
-        dk_ = _mix(
-            tl.trans(weights), tl.trans(reached), q_ptr + token * dk, rows, a, heads * dk, inside, dk, dk_, C, PRECISION
-        )  # fmt: skip
-        at = token * dk + rows[:, None] * (heads * dk) + a[None, :]
-        in_range = inside[:, None] & (a < dk)[None, :]
-        tl.store(dq_ptr + at, _rounded(dq, dq_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
-        tl.store(dk_ptr + at, _rounded(dk_ * eta[:, None], dk_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
-    read = tl.where(arrived_kept, read, 0.0)
-    written = tl.where(left_kept, written, 0.0)
+            y = _dot(_tokens(q_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC), state, y, PRECISION)
+            z = _dot(_tokens(k_ptr + token * dk, rows, a, heads * dk, inside, dk, ACC), adjoint, z, PRECISION)
+        read += tl.sum(y * _tokens(dy_ptr + token * dv, rows, b, heads * dv, inside, dv, ACC), 1)
+        written += tl.sum(z * _tokens(v_ptr + token * dv, rows, b, heads * dv, inside, dv, ACC), 1)
     passed = tl.sum(through, 0) * tl.exp(tl.sum(log_decay, 0))
+    arrived, kept = _arriving(log_decay, reset)
+    read = tl.where(kept, read * arrived, 0.0)
+    left, kept = _leaving(log_ptr + token, rows, heads, chunk * C + rows + 1 < length, reset, C)
+    written = tl.where(kept, written * left, 0.0)
     if RESETS:
         passed = tl.where(tl.max(reset, 0) > 0, 0.0, passed)
-    stored = tl.sum(tl.where(rows[:, None] > rows[None, :], (written * eta)[None, :], 0.0), 1)
+    stored = tl.sum(tl.where(t > s, (written * eta)[None, :], 0.0), 1)
     dlog += tl.cumsum(read, 0, reverse=True) + stored + passed
     tl.store(deta_ptr + token + rows * heads, deta + written, mask=inside)
     tl.store(dlog_ptr + token + rows * heads, dlog, mask=inside)
@@ -320,7 +335,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, T, H, Dv) in the dtype of v, the last state, and the state that enters each chunk.
 
-    States are float32, or float64 for float64: (B, H, Dk, Dv) and (B, H, ⌈T / chunk⌉, Dk, Dv).
+    States are float32, or float64 for float64: (B, H, Dk, Dv) and (B, ⌈T / chunk⌉, H, Dk, Dv).
 
     Args:
         q: queries (B, T, H, Dk), of one dtype with k and v.
@@ -336,8 +351,8 @@ def forward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     final, states = run.walk(k, v, initial, adjoint=False)
     y = torch.empty_like(v)
-    run.read(q, k, v, states, y, adjoint=False)
-    return y, final, states
+    run.read(q, k, v, states, y)
+    return y, final.to(v.dtype if initial is None else initial.dtype), states
 
 
 def backward(
@@ -373,20 +388,22 @@ def backward(
     states = run.walk(k, v, initial, adjoint=False)[1] if chunk_states is None else chunk_states.contiguous()
     dinitial, adjoints = run.walk(q, dy, dfinal, adjoint=True)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    run.read(q, k, dy, adjoints, dv, adjoint=True)
+    run.read(dy, v, k, states, dq, transposed=True)
+    run.read(v, dy, q, adjoints, dk, adjoint=True, transposed=True)
+    run.read(k, q, dy, adjoints, dv, adjoint=True)
     dlog, deta = (torch.empty_like(run.shared["log_ptr"]) for _ in range(2))
     launch(
-        gradient_kernel,
-        DOUBLE_TILES if run.kind == torch.float64 else GRADIENT_TILES,
+        gates_kernel,
+        GATES_TILES[run.size],
         lambda _: (run.rows * run.chunks,),
         {
             **run.shared, "q_ptr": q, "k_ptr": k, "v_ptr": v, "dy_ptr": dy, "states_ptr": states,
-            "adjoints_ptr": adjoints, "dq_ptr": dq, "dk_ptr": dk, "dlog_ptr": dlog, "deta_ptr": deta,
-            "INTERPRETED": interpreting(),
+            "adjoints_ptr": adjoints, "dlog_ptr": dlog, "deta_ptr": deta,
         },
         ("length", "dk", "dv"),
     )  # fmt: skip
-    return dq, dk, dv, dlog, deta, dinitial
+    ends = (x.dtype for x in (initial, dfinal) if x is not None)
+    return dq, dk, dv, dlog.to(log_decay.dtype), deta.to(eta.dtype), dinitial.to(next(ends, run.kind))
 
 
 class _Run:
@@ -395,6 +412,7 @@ class _Run:
     def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, reset: Tensor | None, chunk: int) -> None:
         batch, length, heads, dk = k.shape
         self.kind = torch.float64 if v.dtype == torch.float64 else torch.float32
+        self.size, self.chunk = v.dtype.itemsize, chunk
         self.batch, self.heads, self.dk, self.dv = batch, heads, dk, v.shape[-1]
         self.rows, self.chunks = batch * heads, triton.cdiv(length, chunk)
         gates = log_decay.to(self.kind).contiguous()
@@ -409,10 +427,10 @@ class _Run:
     def walk(self, x: Tensor, z: Tensor, start: Tensor | None, *, adjoint: bool) -> tuple[Tensor, Tensor]:
         """Return the state at the end and the one that enters each chunk."""
         end = torch.empty(self.batch, self.heads, self.dk, self.dv, dtype=self.kind, device=x.device)
-        states = end.new_empty(self.batch, self.heads, self.chunks, self.dk, self.dv)
+        states = end.new_empty(self.batch, self.chunks, self.heads, self.dk, self.dv)
         launch(
             walk_kernel,
-            DOUBLE_TILES if self.kind == torch.float64 else WALK_TILES,
+            WALK_TILES[self.size],
             lambda tile: (self.rows, triton.cdiv(self.dk, tile["BK"]), triton.cdiv(self.dv, tile["BV"])),
             {
                 **self.shared, "x_ptr": x, "z_ptr": z, "states_ptr": states, "end_ptr": end,
@@ -423,14 +441,20 @@ class _Run:
         )  # fmt: skip
         return end, states
 
-    def read(self, q: Tensor, k: Tensor, x: Tensor, states: Tensor, y: Tensor, *, adjoint: bool) -> None:
-        """Write y, or the gradient of v."""
+    def read(
+        self, own: Tensor, other: Tensor, x: Tensor, states: Tensor, y: Tensor, *, adjoint: bool = False,
+        transposed: bool = False,
+    ) -> None:  # fmt: skip
+        """Write into y what tokens read of x where their own numbers meet those of others."""
+        width = x.shape[-1]
+        stride_a, stride_b = (1, self.dv) if transposed else (self.dv, 1)
         launch(
             read_kernel,
-            DOUBLE_TILES if self.kind == torch.float64 else READ_TILES,
-            lambda tile: (self.rows * self.chunks, triton.cdiv(self.dv, tile["BV"])),
+            READ_TILES[self.size],
+            lambda tile: (self.rows * self.chunks, triton.cdiv(width, tile["BV"]), triton.cdiv(self.chunk, tile["ROWS"])),
             {
-                **self.shared, "q_ptr": q, "k_ptr": k, "x_ptr": x, "states_ptr": states, "y_ptr": y,
+                **self.shared, "own_ptr": own, "other_ptr": other, "x_ptr": x, "states_ptr": states, "y_ptr": y,
+                "dk": own.shape[-1], "dv": width, "stride_a": stride_a, "stride_b": stride_b,
                 "ADJOINT": adjoint, "INTERPRETED": interpreting(),
             },
             ("length", "dk", "dv"),
