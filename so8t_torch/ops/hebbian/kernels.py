@@ -36,15 +36,15 @@ def _tile(warps: int, bk: int, bv: int, **constants: int) -> Tile:
 
 
 WALK_TILES = {
-    2: (_tile(4, 32, 32), _tile(4, 32, 64)),
+    2: (_tile(4, 32, 32), _tile(8, 32, 64)),
     4: (_tile(4, 32, 32), _tile(8, 32, 64)),
-    8: (_tile(8, 16, 16),),
+    8: (_tile(8, 16, 32),),
 }
 """Bytes per element → tiles."""
 READ_TILES = {
-    2: (_tile(4, 32, 64, ROWS=32), _tile(4, 32, 64, ROWS=16), _tile(4, 64, 64, ROWS=16)),
-    4: (_tile(4, 32, 32, ROWS=16), _tile(4, 32, 64, ROWS=16), _tile(8, 32, 64, ROWS=16), _tile(4, 32, 32, ROWS=32)),
-    8: (_tile(8, 16, 16, ROWS=16),),
+    2: (_tile(8, 32, 64, ROWS=32), _tile(4, 64, 64, ROWS=16)),
+    4: (_tile(8, 32, 64, ROWS=32), _tile(4, 32, 64, ROWS=16)),
+    8: (_tile(8, 16, 32, ROWS=16),),
 }
 GATES_TILES = {
     2: (_tile(8, 32, 32), _tile(8, 16, 32)),
@@ -121,8 +121,7 @@ def _decays(log_ptr, reset_ptr, tokens, stride, left, C: tl.constexpr, ADJOINT: 
             cuts = tl.where(others[None, :] > t, reset[None, :], 0)
             reached = reached & (tl.cumsum(cuts.to(tl.float32), 1) == 0.0)
     else:
-        behind = (others + 1 < C) & (others + 1 < left)
-        between = tl.load(log_ptr + (others + 1) * stride, mask=behind, other=0.0)
+        between = tl.load(log_ptr + (others + 1) * stride, mask=others + 1 < left, other=0.0)
         reached = others[None, :] <= t
         sums = tl.cumsum(tl.where(others[None, :] < t, between[None, :], 0.0), 1, reverse=True)
         if RESETS:
@@ -215,7 +214,7 @@ def read_kernel(
     b = tl.program_id(1) * BV + tl.arange(0, BV)
     tokens = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     others = tl.arange(0, C)
-    left = length - chunk * C
+    left = tl.minimum(length - chunk * C, C)
     first = ((n // heads) * length + chunk * C) * heads + n % heads
     reset_ptr += (n // heads) * length + chunk * C
     states_ptr += ((n // heads * chunks + chunk) * heads + n % heads) * dk * dv
@@ -285,9 +284,8 @@ def gates_kernel(
     log_decay, eta, reset = _gates(log_ptr + token, eta_ptr + token, resets, rows, heads, inside, RESETS)
     both = _scores(q_ptr + token * dk, k_ptr + token * dk, rows, heads * dk, inside, dk, C, BK, ACC, PRECISION)
     both *= _scores(dy_ptr + token * dv, v_ptr + token * dv, rows, heads * dv, inside, dv, C, BV, ACC, PRECISION)
-    decays, reached = _decays(
-        log_ptr + token, resets, rows, heads, length - chunk * C, C, False, RESETS
-    )  # fmt: skip
+    tokens = tl.minimum(length - chunk * C, C)
+    decays, reached = _decays(log_ptr + token, resets, rows, heads, tokens, C, False, RESETS)
     both = tl.where(reached, both * decays, 0.0)
     deta = tl.sum(both, 0)
     t = rows[:, None]
