@@ -32,7 +32,7 @@ def drawn(kind: torch.dtype, length: int = 37, batch: int = 1, dk: int = 5, dv: 
     x: dict[str, Any] = {name: normal(batch, length, heads, width) for name, width in (("q", dk), ("k", dk), ("v", dv))}
     x |= {"dy": normal(batch, length, heads, dv), "initial": normal(batch, heads, dk, dv)}
     x |= {"dfinal": normal(batch, heads, dk, dv), "eta": torch.rand(batch, length, heads, dtype=torch.float64)}
-    x["log_decay"] = -normal(batch, length, heads).abs() ** 3
+    x["log_decay"] = -(normal(batch, length, heads).abs() ** 3)
     x["log_decay"][0, ::3] = 0.0
     x["log_decay"][:, length // 2, 0] = -torch.inf
     x["log_decay"][-1, length // 3, 1] = -1000.0

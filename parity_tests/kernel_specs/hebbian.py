@@ -9,7 +9,12 @@ from so8t_torch.core.launch import Tile
 from so8t_torch.ops.hebbian import kernels
 
 SIZES = {"length": "i32", "heads": "i32", "dk": "i32:16", "dv": "i32:16", "chunks": "i32"}
-BY_ELEMENT = (("bf16", "fp32", "tf32"), ("fp16", "fp32", "tf32x3"), ("fp32", "fp32", "tf32x3"), ("fp64", "fp64", "ieee"))
+BY_ELEMENT = (
+    ("bf16", "fp32", "tf32"),
+    ("fp16", "fp32", "tf32x3"),
+    ("fp32", "fp32", "tf32x3"),
+    ("fp64", "fp64", "ieee"),
+)
 """Element, what it is accumulated in, and how products are rounded."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 

@@ -4,7 +4,7 @@
     Λ_t = q_t ȳ_tᵀ + a_{t+1} Λ_{t+1}:   ∂k_t = η_t Λ_t v_t,   ∂v_t = η_t Λ_tᵀ k_t,   ∂log a_t = a_t ⟨Λ_t, S_{t−1}⟩
 
 ``walk_kernel`` carries the state from chunk to chunk, or its adjoint back; it is all that is serial, and stores what
-enters each chunk. ``read_kernel`` then makes y, and with other arguments ∂q, ∂k and ∂v; ``gates_kernel`` makes the rest.
+enters each chunk. ``read_kernel`` then makes y, and with other arguments ∂q, ∂k, ∂v; ``gates_kernel`` makes the rest.
 Every exponent is a sum of log decays, never a difference of two sums: log a = −∞ is exact, and nothing that lies
 beyond a sum enters it. ∂log a_t is summed over the pairs s < t ≤ i that the decay lies between, so that nothing cancels
 and a decay of zero has a gradient of exactly zero. What a token does not reach is selected, not multiplied by zero.
@@ -47,7 +47,7 @@ READ_TILES = {
     8: (_tile(8, 16, 32, ROWS=16),),
 }
 GATES_TILES = {
-    2: (_tile(8, 32, 32), _tile(8, 16, 32)),
+    2: (_tile(8, 16, 32), _tile(8, 16, 16)),
     4: (_tile(8, 16, 32), _tile(8, 16, 16)),
     8: (_tile(8, 16, 16),),
 }
@@ -104,7 +104,7 @@ def _leaving(log_ptr, rows, stride, inside, reset, C: tl.constexpr):
 
 @triton.jit
 def _decays(log_ptr, reset_ptr, tokens, stride, left, C: tl.constexpr, ADJOINT: tl.constexpr, RESETS: tl.constexpr):
-    """Return D between tokens and every token s behind them, or i ahead of them where ADJOINT; which of them is reached.
+    """Return D between tokens and those behind them, or ahead of them where ADJOINT, and which of those are reached.
 
     What lies between is added up from the token outwards.
     """
@@ -229,16 +229,14 @@ def read_kernel(
     decays, reached = _decays(log_ptr + first, reset_ptr, tokens, heads, left, C, ADJOINT, RESETS)
     scores *= decays
     log_decay, eta, reset = _gates(log_ptr + first, eta_ptr + first, reset_ptr, others, heads, others < left, RESETS)
+    passed = others[None, :] <= tokens[:, None]
     if ADJOINT:
-        log_decay = tl.where((others[None, :] > tokens[:, None]), log_decay[None, :], 0.0)
-        cuts = tl.where((others[None, :] > tokens[:, None]), reset[None, :], 0)
+        passed = others[None, :] > tokens[:, None]
     else:
         scores *= eta[None, :]
-        log_decay = tl.where((others[None, :] <= tokens[:, None]), log_decay[None, :], 0.0)
-        cuts = tl.where((others[None, :] <= tokens[:, None]), reset[None, :], 0)
-    y *= tl.exp(tl.sum(log_decay, 1))[:, None]
+    y *= tl.exp(tl.sum(tl.where(passed, log_decay[None, :], 0.0), 1))[:, None]
     if RESETS:
-        y = tl.where((tl.max(cuts, 1) == 0)[:, None], y, 0.0)
+        y = tl.where((tl.max(tl.where(passed, reset[None, :], 0), 1) == 0)[:, None], y, 0.0)
     x = _tokens(x_ptr + first * dv, others, b, heads * dv, others < left, dv, ACC)
     y = _mix(tl.where(reached, scores, 0.0), reached, x, y, C, PRECISION)
     if ADJOINT:
@@ -449,7 +447,9 @@ class _Run:
         launch(
             read_kernel,
             READ_TILES[self.size],
-            lambda tile: (self.rows * self.chunks, triton.cdiv(width, tile["BV"]), triton.cdiv(self.chunk, tile["ROWS"])),
+            lambda tile: (
+                self.rows * self.chunks, triton.cdiv(width, tile["BV"]), triton.cdiv(self.chunk, tile["ROWS"]),
+            ),
             {
                 **self.shared, "own_ptr": own, "other_ptr": other, "x_ptr": x, "states_ptr": states, "y_ptr": y,
                 "dk": own.shape[-1], "dv": width, "stride_a": stride_a, "stride_b": stride_b,
