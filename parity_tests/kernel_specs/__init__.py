@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parity_tests.kernel_specs.hebbian import hebbian_specs
 from parity_tests.kernel_specs.linear_recurrence import linear_recurrence_specs
 from parity_tests.kernel_specs.lns import lns_specs
 from parity_tests.kernel_specs.rotation import rotation_specs
@@ -14,5 +15,7 @@ __all__ = ["KernelSpec", "specs"]
 
 def specs() -> tuple[KernelSpec, ...]:
     """Return every kernel of the library."""
-    rooms = (linear_recurrence_specs, lns_specs, rotation_specs, second_difference_specs, tensor_train_specs)
+    rooms = (
+        hebbian_specs, linear_recurrence_specs, lns_specs, rotation_specs, second_difference_specs, tensor_train_specs,
+    )  # fmt: skip
     return tuple(spec for room in rooms for spec in room())
