@@ -286,7 +286,7 @@ NEGATIVE = (Rejection("negative", lambda: changed(3, lambda x: x - 1)[1:], Domai
 # What is read is a sum of writes of both signs, each weighed by a product of two vectors, and a rate's gradient a sum of
 # everything that crosses its token.
 BUDGET = Budget(forward=16.0, gradient=64.0, floor=0.5, gradient_floor=1.0)
-BACKENDS: tuple[str, ...] = ("eager",)
+BACKENDS: tuple[str, ...] = ("eager", "triton")
 
 
 def memory_pair(variant: str, inputs: dict[str, Strategy], **options: Any) -> OpPair:

@@ -144,6 +144,8 @@ def explain_backend(q: Tensor, k: Tensor, v: Tensor, rule: Rule = "hebb") -> str
 
 def _normalised(keys: Tensor, strength: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Return keys and η such that η k uᵀ is written with keys of norm one."""
+    # converted once, so that the two parts of the gradient are added before they are rounded
+    keys = keys.to(strength.dtype)
     if rule == "delta":
         return arguments.unit(keys), strength
     return keys, arguments.weakened(strength, keys)

@@ -33,8 +33,8 @@ def _hebbian(
     if backend == "triton":
         from so8t_torch.ops.hebbian import kernels
 
-        y, final, states = kernels.forward(q, k, v, log_decay, eta, initial, restart)
-        return y, final.to(v.dtype if initial is None else initial.dtype), states
+        # float32 keys of a half-precision stream came from its dtype
+        return kernels.forward(q, k.to(v.dtype), v, log_decay, eta, initial, restart, eager.CHUNK)
     return eager.recurrence_chunked(q, k, v, log_decay, eta, initial, restart, delta)
 
 
@@ -55,10 +55,9 @@ def _gradient(
     if backend == "triton":
         from so8t_torch.ops.hebbian import kernels
 
-        *found, dinitial = kernels.backward(
-            grad, grad_final, q, k, v, log_decay, eta, initial, restart, states
-        )
-        return *found, dinitial.to(grad_final.dtype)
+        ends = initial, restart, states, eager.CHUNK
+        dq, dk, *rest = kernels.backward(grad, grad_final, q, k.to(v.dtype), v, log_decay, eta, *ends)
+        return dq, dk.to(k.dtype), *rest
     return eager.gradient_chunked(grad, grad_final, q, k, v, log_decay, eta, states, restart, delta)
 
 
@@ -83,7 +82,7 @@ def _(_q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     rows, length, heads, width = v.shape
     shape, chunks = (k.shape[-1], width), len(eager.chunks(length, delta))
     final = v.new_empty((rows, heads, *shape), dtype=v.dtype if initial is None else initial.dtype)
-    states = v.new_empty((rows, heads, chunks, *shape), dtype=accumulation_dtype(v.dtype))
+    states = v.new_empty((rows, chunks, heads, *shape), dtype=accumulation_dtype(v.dtype))
     return v.new_empty(v.shape), final, states
 
 

@@ -123,14 +123,14 @@ def recurrence_chunked(
     restart: Tensor | None,
     delta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the last state (N, H, K, V) and the states (N, H, T/C, K, V) that enter the chunks."""
+    """Return y, the last state (N, H, K, V) and the states (N, T/C, H, K, V) that enter the chunks."""
     y, start = torch.empty_like(v, memory_format=torch.contiguous_format), _start(initial, k, v)
     final = torch.empty_like(start, dtype=v.dtype if initial is None else initial.dtype)
-    states = start.new_empty((*start.shape[:2], len(chunks(v.shape[1], delta)), *start.shape[2:]))
+    states = start.new_empty((len(start), len(chunks(v.shape[1], delta)), *start.shape[1:]))
     for n in rows_together(v, k):
         state = start[n]
         for place, t in enumerate(chunks(v.shape[1], delta)):
-            states[n, :, place] = state
+            states[n, place] = state
             part = part_of(q, k, v, log_decay, eta, n, t)
             found, state = _finite_or_walked(part, state, _some(restart, n, t), delta)
             y[n, t] = found.transpose(1, 2)
@@ -158,7 +158,7 @@ def gradient_chunked(
     for n in rows_together(v, k):
         passed = grad_final[n].to(kind)
         for place, t in reversed(list(enumerate(chunks(v.shape[1], delta)))):
-            part, state, flags = part_of(*inputs, n, t), states[n, :, place], _some(restart, n, t)
+            part, state, flags = part_of(*inputs, n, t), states[n, place], _some(restart, n, t)
             arrived = grad[n, t].transpose(1, 2).to(kind, memory_format=torch.contiguous_format)
             *grads, onward = _pulled(part, state, flags, arrived, passed, delta)
             for out, value in zip(found, grads, strict=True):
