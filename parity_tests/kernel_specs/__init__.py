@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parity_tests.kernel_specs.hebbian import hebbian_specs
 from parity_tests.kernel_specs.linear_recurrence import linear_recurrence_specs
 from parity_tests.kernel_specs.lns import lns_specs
 from parity_tests.kernel_specs.rotation import rotation_specs
@@ -16,6 +17,7 @@ __all__ = ["KernelSpec", "specs"]
 def specs() -> tuple[KernelSpec, ...]:
     """Return every kernel of the library."""
     rooms = (
+        hebbian_specs,
         linear_recurrence_specs,
         lns_specs,
         rotation_specs,

@@ -2,6 +2,7 @@
 
 from parity_tests.harness.pair import OpPair
 from parity_tests.ops import (
+    hebbian,
     linear_recurrence,
     lns,
     physics,
@@ -23,6 +24,7 @@ PAIRS: tuple[OpPair, ...] = (
     *tensor_train.PAIRS,
     *linear_recurrence.PAIRS,
     *tridiagonal.PAIRS,
+    *hebbian.PAIRS,
     *snr_filter.PAIRS,
     *resonance.PAIRS,
     *zeta.PAIRS,

@@ -1,0 +1,390 @@
+"""Declarations of the room ``hebbian``: sums of writes, each carried on by a product of matrices, judge it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.special
+import torch
+
+from parity_tests.harness.pair import Budget, Carry, Example, Law, OpPair, Rejection, Size, Strategy
+from so8t_jax.ops import hebbian as reference
+from so8t_torch.core.errors import BackendError, ConfigError, DomainError, ShapeError
+from so8t_torch.ops import hebbian as production
+
+SIZES: tuple[Size, ...] = ({"T": 4, "H": 2, "K": 3, "V": 2}, {"T": 70, "H": 2, "K": 5, "V": 3})
+FEW: tuple[Size, ...] = (SIZES[0], {"T": 9, "H": 2, "K": 4, "V": 3})
+SHORT: tuple[Size, ...] = ({"T": 1, "H": 1, "K": 2, "V": 1},)
+WRT = (0, 1, 2, 3, 4, 5)
+Array = np.ndarray
+
+
+def plain(generator: np.random.Generator, size: Size) -> Example:
+    """Draw tokens with half-lives from two to 700 tokens; nothing enters."""
+    length, heads = size["T"], size["H"]
+    q, k, v = (generator.standard_normal((length, heads, size[axis])) for axis in "KKV")
+    rates, eta = 10.0 ** generator.uniform(-3.0, -0.5, (length, heads)), generator.uniform(0.1, 1.0, (length, heads))
+    return q, k, v, rates, eta, None, None
+
+
+def started(generator: np.random.Generator, size: Size) -> Example:
+    """Draw tokens, and a state that enters."""
+    *tokens, _, _ = plain(generator, size)
+    return *tokens, generator.standard_normal((size["H"], size["K"], size["V"])), None
+
+
+def packed(generator: np.random.Generator, size: Size) -> Example:
+    """Draw segments of random lengths, and a state that enters the first."""
+    *given, _ = started(generator, size)
+    return *given, np.cumsum(generator.random(size["T"]) < 0.2)
+
+
+def extreme(generator: np.random.Generator, size: Size) -> Example:
+    """Draw a state that enters, and rates of 0, 1e-6, 0.1, 10 and 1,000 side by side."""
+    q, k, v, rates, eta, initial, _ = started(generator, size)
+    rates = generator.choice([0.0, 1e-6, 0.1, 10.0, 1e3], rates.shape, p=[0.3, 0.3, 0.2, 0.1, 0.1])
+    return q, k, v, rates, eta, initial, None
+
+
+def per_head(generator: np.random.Generator, size: Size) -> Example:
+    """Draw one rate and one strength per head."""
+    q, k, v, rates, eta, *_ = plain(generator, size)
+    return q, k, v, rates[0], eta[0], None, None
+
+
+def gentle(draw: Strategy) -> Strategy:
+    """Return a strategy with small keys, for which the delta rule does not grow without a norm."""
+
+    def strategy(generator: np.random.Generator, size: Size) -> Example:
+        q, k, *given = draw(generator, size)
+        return q, 0.4 * k, *given
+
+    return strategy
+
+
+def unread(draw: Strategy) -> Strategy:
+    """Return a strategy without queries."""
+    return lambda generator, size: draw(generator, size)[1:]
+
+
+def one_token(generator: np.random.Generator, size: Size) -> Example:
+    """Draw the arguments of one step."""
+    *tokens, state, _ = started(generator, {**size, "T": 1})
+    return state, *(x[0] for x in tokens)
+
+
+def acting(k: Array, decay: Array, eta: Array, discretization: str, key_norm: str) -> tuple[Array, Array, Array]:
+    """Return keys, retentions and strengths as they act."""
+    decay, eta = (np.broadcast_to(x, k.shape[:-1]) for x in (decay, eta))
+    keys = k / np.linalg.norm(k, axis=-1, keepdims=True) if key_norm == "l2" else k
+    return keys, np.exp(-decay), eta * scipy.special.exprel(-decay) if discretization == "zoh" else eta
+
+
+def states_by_products(
+    k: Array,
+    v: Array,
+    decay: Array,
+    eta: Array,
+    initial: Array | None,
+    segment_ids: Array | None,
+    rule: str,
+    discretization: str,
+    key_norm: str,
+) -> tuple[Array, Array]:
+    """Return the states (T + 1, H, K, V): every write times the matrices of the tokens after it; and a_t (T, H)."""
+    keys, a, strength = acting(k, decay, eta, discretization, key_norm)
+    length, heads, width = k.shape
+    ids = np.zeros(length) if segment_ids is None else segment_ids
+    states = np.zeros((length + 1, heads, width, v.shape[-1]))
+    states[0] = 0.0 if initial is None else initial
+    for h in range(heads):
+        erase = [np.outer(keys[t, h], keys[t, h]) * strength[t, h] * (rule == "delta") for t in range(length)]
+        onward = [a[t, h] * (np.eye(width) - erase[t]) for t in range(length)]
+        for s in range(-1, length):
+            write = states[0, h] if s < 0 else strength[s, h] * np.outer(keys[s, h], v[s, h])
+            if s >= 0:
+                states[s + 1, h] += write
+            for t in range(s + 1, length):
+                if t > 0 and ids[t] != ids[t - 1]:
+                    break
+                write = onward[t] @ write
+                states[t + 1, h] += write
+    return states, a
+
+
+def by_products(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    eta: Array,
+    initial: Array | None = None,
+    segment_ids: Array | None = None,
+    *,
+    rule: str = "hebb",
+    discretization: str = "euler",
+    key_norm: str = "l2",
+) -> tuple[Array, Array]:
+    """Return what the queries read from all states, and the last one."""
+    states, _ = states_by_products(k, v, decay, eta, initial, segment_ids, rule, discretization, key_norm)
+    return np.einsum("thkv,thk->thv", states[1:], q), states[-1]
+
+
+def step_by_products(
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    eta: Array,
+    *,
+    rule: str = "hebb",
+    discretization: str = "euler",
+    key_norm: str = "l2",
+) -> tuple[Array, Array]:
+    """Return what a run of one token returns."""
+    one = (x[None] for x in (q, k, v, decay, eta))
+    y, last = by_products(*one, state, rule=rule, discretization=discretization, key_norm=key_norm)
+    return y[0], last
+
+
+def balance_by_states(
+    k: Array,
+    v: Array,
+    decay: Array,
+    eta: Array,
+    initial: Array | None = None,
+    segment_ids: Array | None = None,
+    *,
+    rule: str = "hebb",
+    discretization: str = "euler",
+    key_norm: str = "l2",
+) -> tuple[Array, ...]:
+    """Return energies of states before and after each token, and what decay alone and writing alone do to them."""
+    states, a = states_by_products(k, v, decay, eta, initial, segment_ids, rule, discretization, key_norm)
+    energy = (states**2).sum((-2, -1)) / 2
+    entering = energy[:-1].copy()
+    if segment_ids is not None:
+        entering[1:][segment_ids[1:] != segment_ids[:-1]] = 0.0
+    decayed = a**2 * entering
+    return energy[1:], entering, entering - decayed, energy[1:] - decayed
+
+
+def bound_by_sums(
+    k: Array,
+    v: Array,
+    decay: Array,
+    eta: Array,
+    initial: Array | None = None,
+    segment_ids: Array | None = None,
+    *,
+    discretization: str = "euler",
+    key_norm: str = "l2",
+) -> Array:
+    """Return the bounds as the states of 1 × 1 fast weights written with norms."""
+    keys, a, strength = acting(k, decay, eta, discretization, key_norm)
+    lengths = np.linalg.norm(keys, axis=-1) * np.linalg.norm(v, axis=-1) * np.abs(strength)
+    ids = np.zeros(len(k)) if segment_ids is None else segment_ids
+    bound = np.zeros(lengths.shape)
+    for t in range(len(k)):
+        reach = [s for s in range(t + 1) if (ids[s : t + 1] == ids[t]).all()]
+        bound[t] = sum(a[s + 1 : t + 1].prod(0) * lengths[s] for s in reach)
+        if initial is not None and len(reach) == t + 1:
+            bound[t] += a[: t + 1].prod(0) * np.sqrt((initial**2).sum((-2, -1)))
+    return bound
+
+
+def superposition_law(f: Any, example: Example) -> Array:
+    """Values and entering states add up."""
+    q, k, v, rates, eta, initial, ids = example
+    state = np.ones((k.shape[1], k.shape[2], v.shape[2])) if initial is None else initial
+    pairs = (v, state), (v, 0 * state), (0 * v, state)
+    whole, values, entered = (np.asarray(f(q, k, x, rates, eta, s, ids)[0]) for x, s in pairs)
+    return (whole - values - entered) / max(1.0, np.abs(whole).max())
+
+
+def recall_law(f: Any, example: Example) -> Array:
+    """Written with strength one by the delta rule, a value is read exactly under its key."""
+    _, k, v, rates, eta, initial, ids = example
+    key = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    y = np.asarray(f(key, k, v, rates, np.ones_like(eta), initial, ids)[0])
+    return (y - v) / np.abs(v).max()
+
+
+def balance_law(f: Any, example: Example) -> Array:
+    """The books balance, and what is dissipated is 1 − a² of what enters."""
+    energy, entering, dissipation, supply = (np.asarray(x) for x in f(*example))
+    lost = dissipation + np.expm1(-2 * example[2]) * entering
+    return np.stack([energy - entering + dissipation - supply, lost]) / np.abs(energy).max()
+
+
+def halves(example: Example) -> tuple[Example, Any]:
+    """Cut inside a segment, where the second half is entered by what the first one left."""
+    *tokens, initial, ids = example
+    length = len(tokens[0])
+    places = range(1, length)
+    middle = next((t for t in places if ids is not None and t > 2 and ids[t] == ids[t - 1]), length // 2)
+    alone = ids is not None and ids[middle] != ids[middle - 1]
+    first, second = ([x[part] for x in tokens] for part in (slice(middle), slice(middle, None)))
+    early, late = (None, None) if ids is None else (ids[:middle], ids[middle:])
+    return (*first, initial, early), lambda state: (*second, None if alone else state, late)
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Put two runs together: what is read, and the last state."""
+    return np.concatenate([first[0], second[0]]), second[1]
+
+
+def zeros(**changed: tuple[int, ...] | None) -> tuple[Any, ...]:
+    """Return zeros for two rows of five tokens, three heads, keys of four and values of two channels."""
+    shapes: dict[str, tuple[int, ...] | None] = {
+        "q": (2, 5, 3, 4), "k": (2, 5, 3, 4), "v": (2, 5, 3, 2), "decay": (2, 5, 3), "eta": (2, 5, 3),
+        "initial": None, "ids": None, **changed,
+    }  # fmt: skip
+    found = [None if shape is None else torch.zeros(shape) for shape in shapes.values()]
+    found[-1] = None if found[-1] is None else found[-1].long()
+    return tuple(found)
+
+
+def changed(place: int, change: Any, **shapes: Any) -> tuple[Any, ...]:
+    """Return zeros of which one argument is changed."""
+    found = list(zeros(**shapes))
+    found[place] = change(found[place])
+    return tuple(found)
+
+
+REJECTIONS = (
+    Rejection("no_tokens", lambda: zeros(q=(2, 0, 3, 4), k=(2, 0, 3, 4), v=(2, 0, 3, 2), decay=(3,), eta=(3,)),
+              ShapeError, "at least one token"),
+    Rejection("keys", lambda: zeros(q=(2, 5, 2, 4), k=(2, 5, 2, 4)), ShapeError, "heads of values"),
+    Rejection("queries", lambda: zeros(q=(2, 5, 3, 3)), ShapeError, "of the shape of keys"),
+    Rejection("rates", lambda: zeros(decay=(2, 4, 3)), ShapeError, "decay of shape"),
+    Rejection("strengths", lambda: zeros(eta=(5, 2)), ShapeError, "eta of shape"),
+    Rejection("state", lambda: zeros(initial=(2, 3, 4, 1)), ShapeError, "an initial state of shape"),
+    Rejection("flat_state", lambda: zeros(initial=(4, 2)), ShapeError, "an initial state of shape"),
+    Rejection("ids", lambda: zeros(ids=(2, 4)), ShapeError, "segment_ids of shape"),
+    Rejection("one_id", lambda: zeros(ids=(2, 1)), ShapeError, "one number per token"),
+    Rejection("real_ids", lambda: changed(6, torch.Tensor.double, ids=(2, 5)), DomainError, "whole numbers"),
+    Rejection("integers", lambda: changed(1, torch.Tensor.long), DomainError, "k of a real floating dtype"),
+    Rejection("two_dtypes", lambda: changed(2, torch.Tensor.double), DomainError, "of one dtype"),
+    Rejection("negative", lambda: changed(3, lambda x: x - 1e-3), DomainError, "Γ ≥ 0, got -0.001"),
+    Rejection("rule", zeros, ConfigError, "expected rule to be one of", {"rule": "oja"}),
+    Rejection("discretization", zeros, ConfigError, "discretization to be one of", {"discretization": "tustin"}),
+    Rejection("key_norm", zeros, ConfigError, "key_norm to be one of", {"key_norm": "l1"}),
+    Rejection("backend", zeros, BackendError, "chunked", {"backend": "fast"}),
+)  # fmt: skip
+STEP_REJECTIONS = (
+    Rejection("state", lambda: tuple(map(torch.zeros, ((3, 4), (3, 4), (3, 4), (3, 2), (3,), (3,)))), ShapeError, "H, K, V"),
+    Rejection("query", lambda: tuple(map(torch.zeros, ((3, 4, 2), (3, 5), (3, 4), (3, 2), (3,), (3,)))), ShapeError,
+              "a query of shape"),
+    Rejection("negative", lambda: (*map(torch.zeros, ((3, 4, 2), (3, 4), (3, 4), (3, 2))), -torch.ones(3), torch.ones(3)),
+              DomainError, "Γ ≥ 0"),
+)  # fmt: skip
+NEGATIVE = (Rejection("negative", lambda: changed(3, lambda x: x - 1)[1:], DomainError, "Γ ≥ 0"),)
+
+# What is read is a sum of writes of both signs, each weighed by a product of two vectors, and a rate's gradient a sum of
+# everything that crosses its token.
+BUDGET = Budget(forward=16.0, gradient=64.0, floor=0.5, gradient_floor=1.0)
+BACKENDS: tuple[str, ...] = ("eager", "triton")
+
+
+def memory_pair(variant: str, inputs: dict[str, Strategy], **options: Any) -> OpPair:
+    """Declare the fast weights on some inputs."""
+    usual: dict[str, Any] = {"sizes": SIZES, "wrt": WRT, "edge_sizes": SHORT, "backends": BACKENDS}
+    return OpPair(
+        name=f"hebbian.hebbian{variant}",
+        reference=reference.hebbian,
+        production=production.hebbian,
+        oracle=by_products,
+        inputs=inputs,
+        budget=BUDGET,
+        **{**usual, **options},
+    )
+
+
+def step_pair(variant: str, **options: Any) -> OpPair:
+    """Declare one step."""
+    return OpPair(
+        name=f"hebbian.step{variant}",
+        reference=reference.step,
+        production=production.step,
+        oracle=step_by_products,
+        inputs={"one_token": one_token},
+        sizes=({"H": 2, "K": 3, "V": 2},),
+        wrt=WRT,
+        budget=BUDGET,
+        rejections=STEP_REJECTIONS,
+        **options,
+    )
+
+
+def monitor_pair(name: str, **options: Any) -> OpPair:
+    """Declare a function that keeps the books."""
+    return OpPair(
+        name=f"hebbian.{name}",
+        reference=getattr(reference, name.partition(":")[0]),
+        production=getattr(production, name.partition(":")[0]),
+        wrt=(0, 1, 2, 3, 4),
+        edge_sizes=SHORT,
+        returns="accumulation",
+        budget=BUDGET,
+        **options,
+    )
+
+
+WITHOUT_NORM = {"discretization": "zoh", "key_norm": "none"}
+DELTA = {"rule": "delta", "discretization": "zoh"}
+PAIRS: tuple[OpPair, ...] = (
+    memory_pair(
+        "",
+        {"started": started, "plain": plain, "packed": packed, "extreme": extreme},
+        laws=(Law("superposition", superposition_law, 64.0),),
+        rejections=REJECTIONS,
+        carry=Carry(halves, joined),
+    ),
+    memory_pair(":zoh", {"packed": packed, "extreme": extreme}, keywords=WITHOUT_NORM),
+    memory_pair(":per_head", {"per_head": per_head}, sizes=FEW, shared=(3, 4)),
+    memory_pair(
+        ":delta",
+        {"started": started, "packed": packed, "extreme": extreme},
+        keywords={"rule": "delta"},
+        laws=(Law("recall", recall_law, 256.0),),
+        carry=Carry(halves, joined),
+        backends=(),
+    ),
+    memory_pair(
+        ":delta_zoh",
+        {"packed": gentle(packed)},
+        keywords={"rule": "delta", **WITHOUT_NORM},
+        sizes=FEW,
+        dtypes=("float64", "float32"),
+        backends=(),
+    ),
+    step_pair(""),
+    step_pair(":delta", keywords={**DELTA, "key_norm": "none"}, dtypes=("float64", "float32")),
+    monitor_pair(
+        "energy_balance",
+        oracle=balance_by_states,
+        inputs={"started": unread(started), "packed": unread(packed)},
+        sizes=SIZES,
+        laws=(Law("balance", balance_law, 256.0),),
+        rejections=NEGATIVE,
+    ),
+    monitor_pair(
+        "energy_balance:delta",
+        oracle=balance_by_states,
+        inputs={"packed": unread(gentle(packed))},
+        sizes=FEW,
+        keywords={**DELTA, "key_norm": "none"},
+        dtypes=("float64", "float32"),
+    ),
+    monitor_pair(
+        "state_bound",
+        oracle=bound_by_sums,
+        inputs={"packed": unread(packed), "extreme": unread(extreme)},
+        sizes=SIZES,
+        keywords=WITHOUT_NORM,
+        rejections=NEGATIVE,
+    ),
+)

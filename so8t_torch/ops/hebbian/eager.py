@@ -1,0 +1,304 @@
+"""Fast weights in PyTorch: a plain differentiable loop, and chunks of tokens as matrix products on the CPU.
+
+    D_ts = e^{g_{s+1} + … + g_t}  for s ≤ t of one segment, else 0        g = −Γ = log a,  e_t = D_{t,−1}
+    Y = ((Q Kᵀ) ∘ D) W + e ∘ (Q S)        S′ = e_C S + (K ∘ D_C)ᵀ W        W = η U
+    hebb: U = V        delta: (1 + tril(K Kᵀ ∘ D, −1) η) U = V − e ∘ (K S)
+
+S enters a chunk and S′ leaves it. The sum in an exponent runs over the terms between two tokens and over no others, so
+that one large rate does not drown the small ones around it; nothing is divided by a product of decays, and whatever
+comes later is left out by a choice, before anything is exponentiated. A product of matrices multiplies what is left
+out by zero, which says NaN where that is not finite: such a chunk is put right by the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from so8t_torch.core.precision import accumulation_dtype
+
+CHUNK = 64
+"""Tokens of a chunk: a product of matrices per head is 64 × 64."""
+DELTA_CHUNK = 16
+"""The same for the delta rule, whose triangular system loses digits with its size."""
+TILE_ELEMENTS = 1 << 15
+"""Entries of one argument that are worked on together: 128 KB in float32, so that a chunk stays in the cache."""
+Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Part(NamedTuple):
+    """A chunk of c tokens for n rows and h heads, heads before tokens, as it is computed.
+
+    Attributes:
+        q: queries (n, h, c, k).
+        k: keys (n, h, c, k).
+        v: values (n, h, c, v).
+        log_decay: g (n, h, c).
+        eta: η (n, h, c).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    eta: Tensor
+
+
+Chunk = Callable[[Part, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+"""What a chunk reads and leaves, as a function of it, the state that enters, restarts, and the rule."""
+
+
+class Weights(NamedTuple):
+    """Decays between the tokens of a chunk.
+
+    Attributes:
+        pair: D (n, h, c, c).
+        enter: e (n, h, c, 1), the decay of what entered the chunk.
+        dropped: where a segment began at or before the token (n, 1, c, 1), or nothing.
+    """
+
+    pair: Tensor
+    enter: Tensor
+    dropped: Tensor | None
+
+    def of_state(self, x: Tensor) -> Tensor:
+        """Return x (n, h, c, ·), a product with the state that entered, decayed to each token."""
+        found = self.enter * x
+        return found if self.dropped is None else torch.where(self.dropped, 0.0, found)
+
+    def through(self, state: Tensor) -> Tensor:
+        """Return what is left of the state (n, h, k, v) behind the chunk."""
+        found = self.enter[..., -1:, :] * state
+        return found if self.dropped is None else torch.where(self.dropped[..., -1:, :], 0.0, found)
+
+    def leave(self) -> Tensor:
+        """Return the decay of each token's write behind the chunk (n, h, c, 1)."""
+        return self.pair[..., -1, :, None]
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    eta: Tensor,
+    initial: Tensor | None,
+    restart: Tensor | None,
+    delta: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y (N, T, H, V) and the last state by differentiable operations, one step per token."""
+    kind = accumulation_dtype(v.dtype)
+    state = _start(initial, k, v)
+    rows = []
+    tokens = zip(*(x.to(kind).unbind(1) for x in (q, k, v, log_decay, eta)), strict=True)
+    for t, token in enumerate(tokens):
+        if restart is not None:
+            state = torch.where(restart[:, t, None, None, None], 0.0, state)
+        y, state, _ = advance(state, *token, delta)
+        rows.append(y)
+    return torch.stack(rows, 1).to(v.dtype), state.to(v.dtype if initial is None else initial.dtype)
+
+
+def advance(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, delta: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what one token (…, H, ·) reads, the state that it leaves, and what it wrote."""
+    kept = log_decay.exp()[..., None, None] * state
+    if delta:
+        v = v - (k[..., None] * kept).sum(-2)
+    state = kept + (eta[..., None] * k)[..., None] * v[..., None, :]
+    return (q[..., None] * state).sum(-2), state, v
+
+
+def recurrence_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    eta: Tensor,
+    initial: Tensor | None,
+    restart: Tensor | None,
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the last state (N, H, K, V) and the states (N, T/C, H, K, V) that enter the chunks."""
+    y, start = torch.empty_like(v, memory_format=torch.contiguous_format), _start(initial, k, v)
+    final = torch.empty_like(start, dtype=v.dtype if initial is None else initial.dtype)
+    states = start.new_empty((len(start), len(chunks(v.shape[1], delta)), *start.shape[1:]))
+    for n in rows_together(v, k):
+        state = start[n]
+        for place, t in enumerate(chunks(v.shape[1], delta)):
+            states[n, place] = state
+            part = part_of(q, k, v, log_decay, eta, n, t)
+            found, state = _finite_or_walked(part, state, _some(restart, n, t), delta)
+            y[n, t] = found.transpose(1, 2)
+        final[n] = state
+    return y, final, states
+
+
+def gradient_chunked(
+    grad: Tensor,
+    grad_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    eta: Tensor,
+    states: Tensor,
+    restart: Tensor | None,
+    delta: bool,
+) -> Grads:
+    """Return the gradients of q, k, v, g, η and the state that enters, from the last chunk to the first."""
+    inputs = q, k, v, log_decay, eta
+    found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    dinitial = torch.empty_like(grad_final, memory_format=torch.contiguous_format)
+    kind = accumulation_dtype(v.dtype)
+    for n in rows_together(v, k):
+        passed = grad_final[n].to(kind)
+        for place, t in reversed(list(enumerate(chunks(v.shape[1], delta)))):
+            part, state, flags = part_of(*inputs, n, t), states[n, place], _some(restart, n, t)
+            arrived = grad[n, t].transpose(1, 2).to(kind, memory_format=torch.contiguous_format)
+            *grads, onward = _pulled(part, state, flags, arrived, passed, delta)
+            for out, value in zip(found, grads, strict=True):
+                out[n, t] = value.transpose(1, 2)
+            passed = onward
+        dinitial[n] = passed
+    return *found, dinitial  # type: ignore[return-value]
+
+
+def read_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
+    """Return what a chunk reads (n, h, c, v), and the state that leaves it, by differentiable operations."""
+    weights = decays(part.log_decay, restart)
+    written = part.eta[..., None] * (innovations(part, state, weights) if delta else part.v)
+    scores = (part.q @ part.k.mT) * weights.pair
+    y = scores @ written + weights.of_state(part.q @ state)
+    return y, weights.through(state) + (part.k * weights.leave()).mT @ written
+
+
+def decays(log_decay: Tensor, restart: Tensor | None) -> Weights:
+    """Return the decays between the tokens of a chunk, from g (n, h, c) and where segments begin (n, c)."""
+    size = log_decay.shape[-1]
+    earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
+    kept = ~earlier.mT
+    # sums along the last axis, which runs over the later token of a pair
+    logs = torch.where(earlier, log_decay[..., None, :], 0.0).cumsum(-1)
+    dropped = None
+    if restart is not None:
+        segment = restart.cumsum(-1)
+        kept = kept & (segment[:, None, :, None] == segment[:, None, None, :])
+        dropped = (segment > 0)[:, None, :, None]
+    pair = torch.where(kept, logs, -torch.inf).exp()
+    return Weights(pair.mT, log_decay.cumsum(-1).exp()[..., None], dropped)
+
+
+def innovations(part: Part, state: Tensor, weights: Weights) -> Tensor:
+    """Return U of the delta rule: values less what the state reads under their keys when they arrive."""
+    overlap = ((part.k @ part.k.mT) * weights.pair).tril(-1) * part.eta[..., None, :]
+    target = part.v - weights.of_state(part.k @ state)
+    return torch.linalg.solve_triangular(overlap, target, upper=False, unitriangular=True)
+
+
+def part_of(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, n: slice, t: slice
+) -> Part:
+    """Return some tokens of some rows, in the dtype that is computed in."""
+    kind = accumulation_dtype(v.dtype)
+    given = (x[n, t].transpose(1, 2) for x in (q, k, v, log_decay, eta))
+    return Part(*(x.to(kind).contiguous() for x in given))
+
+
+def rows_together(v: Tensor, k: Tensor) -> Iterator[slice]:
+    """Yield the rows that are worked on together; it depends on the shape of a row alone."""
+    rows, length, heads, width = v.shape
+    together = max(1, TILE_ELEMENTS // (heads * min(length, CHUNK) * max(width, k.shape[-1])))
+    return (slice(first, min(first + together, rows)) for first in range(0, rows, together))
+
+
+def chunks(length: int, delta: bool) -> list[slice]:
+    """Return the tokens of every chunk."""
+    size = DELTA_CHUNK if delta else CHUNK
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _finite_or_walked(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
+    """Return what a chunk reads and leaves; from the first token on that is not finite, the loop says it."""
+    y, after = read_chunk(part, state, restart, delta)
+    if bool((y.sum() + after.sum()).isfinite()):
+        return y, after
+    sound = part.log_decay.isfinite() & part.eta.isfinite()
+    sound = sound & part.k.isfinite().all(-1) & part.v.isfinite().all(-1)
+    if bool(sound.all()):
+        return y, after
+    keys, values = (torch.where(sound[..., None], x, 0.0) for x in (part.k, part.v))
+    rates, strengths = (torch.where(sound, x, 0.0) for x in (part.log_decay, part.eta))
+    y, after = read_chunk(Part(part.q, keys, values, rates, strengths), state, restart, delta)
+    walked, left = _walk(part, state, restart, delta)
+    so_far = sound.cumprod(-1, dtype=torch.int8).bool()[..., None]
+    return torch.where(so_far, y, walked), torch.where(so_far[..., -1:, :], after, left)
+
+
+def _walk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
+    """Return what the loop makes of a chunk."""
+    y, after = recurrence(*(x.transpose(1, 2) for x in part), state, restart, delta)
+    return y.transpose(1, 2), after
+
+
+def _pulled(
+    part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
+) -> list[Tensor]:
+    """Return the gradients of a chunk and of the state that enters it, finite where the loop's are."""
+    if delta:
+        found = _differentiated(read_chunk, part, state, restart, grad, passed, delta)
+    else:
+        found = _adjoint(part, state, restart, grad, passed)
+    if bool(sum(x.sum() for x in found).isfinite()):  # type: ignore[union-attr]
+        return found
+    return _differentiated(_walk, part, state, restart, grad, passed, delta)
+
+
+def _differentiated(
+    function: Chunk, part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
+) -> list[Tensor]:
+    """Return the gradients of a chunk by automatic differentiation, which inside of an operator only functorch does."""
+
+    def of_inputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return function(Part(*inputs[:-1]), inputs[-1], restart, delta)
+
+    return list(torch.func.vjp(of_inputs, *part, state)[1]((grad, passed)))
+
+
+def _adjoint(part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor) -> list[Tensor]:
+    """Return the gradients of a chunk of the rule "hebb" for ``grad`` at y and ``passed`` at the state that leaves.
+
+    dQ = X K + e ∘ (Ȳ Sᵀ)    dK = Xᵀ Q + D_C ∘ (W S̄ᵀ)    dW = Pᵀ Ȳ + D_C ∘ (K S̄)    dS = e_C S̄ + (e ∘ Q)ᵀ Ȳ
+    with P = (Q Kᵀ) ∘ D and X = (Ȳ Wᵀ) ∘ D; a rate stands between everything that crosses its token:
+    dg_t = ⟨S̄, e_C S⟩ + Σ_{s<t} w_s · D_C (K S̄)_s + Σ_{u≥t} (q_u · dq_u − w_u · (Pᵀ Ȳ)_u)
+    """
+    q, k, v, log_decay, eta = part
+    weights = decays(log_decay, restart)
+    leave, strength = weights.leave(), eta[..., None]
+    written = strength * v
+    inside = (q @ k.mT).mul_(weights.pair).mT @ grad
+    scores = (grad @ written.mT).mul_(weights.pair)
+    dq = (scores @ k).add_(weights.of_state(grad @ state.mT))
+    dk = (scores.mT @ q).add_(leave * (written @ passed.mT))
+    outside = leave * (k @ passed)
+    beyond = (written * outside).sum(-1)
+    crossing = (q * dq).sum(-1) - (written * inside).sum(-1)
+    dwritten = inside.add_(outside)
+    kept = weights.through(state).mul_(passed).sum((-2, -1))[..., None]
+    dlog_decay = kept + (beyond.cumsum(-1) - beyond) + crossing.flip(-1).cumsum(-1).flip(-1)
+    entered = weights.through(passed) + weights.of_state(q).mT @ grad
+    return [dq, dk, strength * dwritten, dlog_decay, (v * dwritten).sum(-1), entered]
+
+
+def _start(initial: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    """Return the state that enters the first token."""
+    shape, kind = (v.shape[0], *k.shape[2:], v.shape[-1]), accumulation_dtype(v.dtype)
+    return v.new_zeros(shape, dtype=kind) if initial is None else initial.to(kind)
+
+
+def _some(restart: Tensor | None, n: slice, t: slice) -> Tensor | None:
+    return None if restart is None else restart[n, t]
