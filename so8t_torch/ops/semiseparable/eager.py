@@ -1,0 +1,192 @@
+"""A semiseparable operator in PyTorch: token by token, and its chunks as small matrices made of products of decays.
+
+A chunk of L tokens is x ↦ A x + reads S for the state S (R, D) that enters it, and leaves totals ⊙ S + writesᵀ x:
+
+    p_t = Π_{q≤t} α_q,  s_t = Π_{q>t} α_q over the chunk        reads = v ⊙ p,  writes = u ⊙ s,  totals = p of its end
+    two halves:  A = [A₁ 0; (v ⊙ p)₂ (u ⊙ s)₁ᵀ A₂],   p = [p₁; t₁ ⊙ p₂],   s = [t₂ ⊙ s₁; s₂]
+
+From one token, A = v·u, p = α, s = 1, the halves are joined until they are a chunk. Decays are multiplied and never
+divided or taken the logarithm of: α = 0 is exact, and no product leaves [0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from so8t_torch.ops.linear_recurrence import linear_recurrence
+
+RANK_TILE = 16
+"""Rank channels that are read, written or skipped together: enough terms to fill a product of matrices."""
+
+
+class Chunks(NamedTuple):
+    """What the chunks of some rows do to inputs and states.
+
+    Attributes:
+        within: A (N, n, L, L), lower triangular.
+        reads: (N, n, L, R).
+        writes: (N, n, L, R).
+        totals: (N, n, R).
+    """
+
+    within: Tensor
+    reads: Tensor
+    writes: Tensor
+    totals: Tensor
+
+
+def recurrence(
+    x: Tensor, u: Tensor, v: Tensor, decay: Tensor, initial: Tensor, restart: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y (N, T, D) and the last state (N, R, D), one step per token."""
+    rows, state = [], initial
+    for t in range(x.shape[1]):
+        a = decay[:, t]
+        if restart is not None:
+            a, state = (torch.where(restart[:, t].reshape(-1, *[1] * (z.ndim - 1)), 0.0, z) for z in (a, state))
+        state = a[..., None] * state + u[:, t, :, None] * x[:, t, None, :]
+        rows.append((v[:, t, :, None] * state).sum(1))
+    return torch.stack(rows, 1), state
+
+
+def chunks(u: Tensor, v: Tensor, decay: Tensor, run: Tensor | None) -> Chunks:
+    """Return what the chunks do, from u, v and α (N, n, L, R), L a power of two.
+
+    Args:
+        u: what is written.
+        v: what is read.
+        decay: α.
+        run: (N, n, L) restarts since the chunk began, up to each token; None where there is none.
+    """
+    rows, count, length, rank = u.shape
+    p, s = decay[..., None, :], torch.ones_like(decay)[..., None, :]
+    within = (u * v).sum(-1)[..., None, None]
+    size = 1
+    while size < length:
+        reads, writes = (
+            (z.unflatten(2, (-1, size)) * products).unflatten(2, (-1, 2)) for z, products in ((v, p), (u, s))
+        )
+        below = reads[:, :, :, 1] @ writes[:, :, :, 0].mT
+        first, second = within[:, :, 0::2], within[:, :, 1::2]
+        within = torch.cat([torch.cat([first, torch.zeros_like(first)], -1), torch.cat([below, second], -1)], -2)
+        p1, p2, s1, s2 = p[:, :, 0::2], p[:, :, 1::2], s[:, :, 0::2], s[:, :, 1::2]
+        p, s = torch.cat([p1, p1[..., -1:, :] * p2], -2), torch.cat([s1 * p2[..., -1:, :], s2], -2)
+        size *= 2
+    p, s = (z.reshape(rows, count, length, rank) for z in (p, s))
+    within = within.reshape(rows, count, length, length)
+    return _parted(Chunks(within, v * p, u * s, p[:, :, -1]), run)
+
+
+def _parted(whole: Chunks, run: Tensor | None) -> Chunks:
+    """Return zeros where two tokens, or a token and the state that enters or leaves, are of different segments."""
+    if run is None:
+        return whole
+    last = run[..., -1:]
+    return Chunks(
+        torch.where(run[..., :, None] == run[..., None, :], whole.within, 0.0),
+        torch.where((run == 0)[..., None], whole.reads, 0.0),
+        torch.where((run == last)[..., None], whole.writes, 0.0),
+        torch.where(last == 0, whole.totals, 0.0),
+    )
+
+
+def apply(x: Tensor, parts: Chunks, initial: Tensor, run: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return y (N, n, L, D) and the last state (N, R, D), one chunk after the other; not differentiable.
+
+    Tiles of rank channels are added up one by one, so that a closed tile can be left out without changing a bit: a
+    later token that opens it changes nothing before. An input that is not a number touches its own column, from its
+    own token on.
+    """
+    wild = _wild(x)
+    inputs = x if wild is None else torch.where(wild, 0.0, x)
+    y = parts.within @ inputs
+    state = initial.clone()
+    reading, writing = (_open_tiles(z) for z in (parts.reads, parts.writes))
+    for c in range(x.shape[1]):
+        target = y[:, c]
+        for place, first in enumerate(range(0, state.shape[1], RANK_TILE)):
+            tile = slice(first, first + RANK_TILE)
+            held = state[:, tile]
+            if reading[c][place] or not held.isfinite().all():
+                _read(target, parts.reads[:, c, :, tile], held, None if run is None else run[:, c])
+            _decay(held, parts.totals[:, c, tile], None if run is None else run[:, c, -1])
+            if writing[c][place]:
+                held.baddbmm_(parts.writes[:, c, :, tile].mT, inputs[:, c])
+        if wild is not None:
+            _add_wild(target, state, x[:, c], wild[:, c], Chunks(*(z[:, c] for z in parts)), run, c)
+    return y, state
+
+
+def _read(target: Tensor, reads: Tensor, state: Tensor, run: Tensor | None) -> None:
+    """Add reads · state to y, keeping a state that is not finite from the segments after it."""
+    if run is None or state.isfinite().all():
+        target.baddbmm_(reads, state)
+    else:
+        target.add_(torch.where((run == 0)[..., None], reads @ state, 0.0))
+
+
+def _decay(state: Tensor, totals: Tensor, last: Tensor | None) -> None:
+    """Multiply a state by the decays of a chunk, or drop it where the chunk begins a segment."""
+    state.mul_(totals[..., None])
+    if last is not None:
+        state.masked_fill_((last != 0)[:, None, None], 0.0)
+
+
+def _wild(x: Tensor) -> Tensor | None:
+    """Return where x is not finite, or None where it is finite throughout."""
+    low, high = torch.aminmax(x)
+    return None if bool(low.isfinite() & high.isfinite()) else ~x.isfinite()
+
+
+def _add_wild(y: Tensor, state: Tensor, x: Tensor, wild: Tensor, parts: Chunks, run: Tensor | None, c: int) -> None:
+    """Add to y (N, L, D) and the state what the inputs that are not finite give, token by token."""
+    places = torch.arange(x.shape[1], device=x.device)
+    for row, s in wild.any(-1).nonzero().tolist():
+        alone = torch.where(wild[row, s], x[row, s], 0.0)
+        reached, stays = places >= s, torch.ones((), dtype=torch.bool, device=x.device)
+        if run is not None:
+            reached, stays = reached & (run[row, c] == run[row, c, s]), run[row, c, -1] == run[row, c, s]
+        y[row] += torch.where(reached[:, None], parts.within[row, :, s, None] * alone, 0.0)
+        state[row] += torch.where(stays, parts.writes[row, s, :, None] * alone, 0.0)
+
+
+def _open_tiles(z: Tensor) -> list[list[bool]]:
+    """Return for every chunk which tiles of rank channels hold anything but zeros; all of them off the CPU."""
+    tiles = -(-z.shape[-1] // RANK_TILE)
+    if z.device.type != "cpu":
+        return [[True] * tiles] * z.shape[1]
+    used = (z != 0).any(2).any(0)
+    return torch.stack([part.any(-1) for part in used.split(RANK_TILE, -1)], -1).tolist()
+
+
+def gradient(
+    grad: Tensor, grad_final: Tensor, x: Tensor, parts: Chunks, initial: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, the chunks and the initial state by differentiable operations.
+
+    The states at the ends of chunks are computed anew.
+    """
+    states, _ = _carry(parts.totals, parts.writes.mT @ x, initial, reverse=False)
+    entering = torch.cat([initial[:, None], states[:, :-1]], 1)
+    passed, dinitial = _carry(parts.totals, parts.reads.mT @ grad, grad_final, reverse=True)
+    leaving = torch.cat([passed[:, 1:], grad_final[:, None]], 1)
+    return (
+        parts.within.mT @ grad + parts.writes @ leaving,
+        grad @ x.mT,
+        grad @ entering.mT,
+        x @ leaving.mT,
+        (entering * leaving).sum(-1),
+        dinitial,
+    )
+
+
+def _carry(totals: Tensor, added: Tensor, start: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Return h_c = totals_c ⊙ h_{c∓1} + added_c (N, n, R, D) and the last of them."""
+    rows, count, rank, width = added.shape
+    b = added.transpose(1, 2).reshape(rows * rank, count, width)
+    a = totals.transpose(1, 2).reshape(rows * rank, count, 1)
+    h, final = linear_recurrence(a, b, start.reshape(rows * rank, width), reverse=reverse)
+    return h.reshape(rows, rank, count, width).transpose(1, 2), final.reshape(rows, rank, width)
