@@ -9,7 +9,7 @@ operator has the entries v_tᵀ diag(Π α) u_s, so that every block below the d
 A run starts anew where the segment of a token differs from that of the token before it. Carried in float32, or float64
 for float64, autocast or not.
 Cost: T (2R + L) D multiplications in chunks of L tokens, T (2R' + L) D where R' of the rank channels are open, counted
-in tiles of 16 that are closed for a chunk (on the CPU). Saved for the backward pass: inputs and T L numbers, no states.
+in tiles of 16 that are closed for a chunk (on the CPU). Saved for the backward pass: the arguments.
 Twin: so8t_jax/ops/semiseparable.py. Derivation: docs/math/semiseparable.md.
 """
 
@@ -195,8 +195,7 @@ def _in_chunks(
         return padded.unflatten(1, (-1, size))
 
     run = None if restart is None else pad(restart, (0, missing)).unflatten(1, (-1, size)).cumsum(-1)
-    parts = eager.chunks(cut(u), cut(v), cut(decay, 1.0), run)
-    y, final = autograd.chunked(cut(x), *parts, initial, run)
+    y, final = autograd.chunked(cut(x), cut(u), cut(v), cut(decay, 1.0), initial, run)
     return y.flatten(1, 2)[:, :length], final
 
 

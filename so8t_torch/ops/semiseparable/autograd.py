@@ -1,6 +1,6 @@
-"""Registration of chunks acting on inputs and states with ``torch.library``: one node for ``torch.compile``.
+"""Registration of the operator in chunks with ``torch.library``: one node for ``torch.compile``.
 
-Saved are the inputs and the small matrices of the chunks, no states. The gradient is made of plain operations and of
+Saved are the arguments, no states. The gradient is made of plain operations and of
 the linear recurrence, so that derivatives of every order exist. Forward-mode derivatives do not pass through a
 registered operation; the public function takes the plain form there. Autocast is off inside, forward and backward.
 """
@@ -17,20 +17,13 @@ from torch import Tensor
 
 from so8t_torch.core.forward_mode import register_autograd
 from so8t_torch.ops.semiseparable import eager
-from so8t_torch.ops.semiseparable.eager import Chunks
 
 
 def _chunked(
-    x: Tensor,
-    within: Tensor,
-    reads: Tensor,
-    writes: Tensor,
-    totals: Tensor,
-    initial: Tensor,
-    run: Tensor | None,
+    x: Tensor, u: Tensor, v: Tensor, decay: Tensor, initial: Tensor, run: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return eager.apply(x, Chunks(within, reads, writes, totals), initial, run)
+        return eager.operate(x, u, v, decay, initial, run)
 
 
 @functools.cache
@@ -46,8 +39,7 @@ def _run(*arguments: Any) -> Any:
 
 torch.library.define(
     "so8t::semiseparable_chunks",
-    "(Tensor x, Tensor within, Tensor reads, Tensor writes, Tensor totals, Tensor initial, Tensor? run) "
-    "-> (Tensor, Tensor)",
+    "(Tensor x, Tensor u, Tensor v, Tensor decay, Tensor initial, Tensor? run) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("so8t::semiseparable_chunks", "default", _run)
@@ -55,7 +47,7 @@ chunked = torch.ops.so8t.semiseparable_chunks.default
 
 
 @torch.library.register_fake(chunked)
-def _(x: Tensor, _within: Tensor, _reads: Tensor, _writes: Tensor, _totals: Tensor, initial: Tensor, _run: Any) -> Any:
+def _(x: Tensor, _u: Tensor, _v: Tensor, _decay: Tensor, initial: Tensor, _run: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), initial.new_empty(initial.shape)
 
 
@@ -64,10 +56,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    x, within, reads, writes, totals, initial, _ = ctx.saved_tensors
+    x = ctx.saved_tensors[0]
     with torch.autocast(x.device.type, enabled=False):
-        parts = Chunks(within, reads, writes, totals)
-        return (*eager.gradient(grad, grad_final, x, parts, initial), None)
+        return (*eager.gradient(grad, grad_final, *ctx.saved_tensors), None)
 
 
 register_autograd(chunked, _backward, setup_context=_save)

@@ -11,11 +11,13 @@ divided or taken the logarithm of: α = 0 is exact, and no product leaves [0, 1]
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from so8t_torch.core.pages import allocate
 from so8t_torch.ops.linear_recurrence import linear_recurrence
 
 RANK_TILE = 16
@@ -93,7 +95,9 @@ def _parted(whole: Chunks, run: Tensor | None) -> Chunks:
     )
 
 
-def apply(x: Tensor, parts: Chunks, initial: Tensor, run: Tensor | None) -> tuple[Tensor, Tensor]:
+def operate(
+    x: Tensor, u: Tensor, v: Tensor, decay: Tensor, initial: Tensor, run: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return y (N, n, L, D) and the last state (N, R, D), one chunk after the other; not differentiable.
 
     Tiles of rank channels are added up one by one, so that a closed tile can be left out without changing a bit: a
@@ -102,37 +106,83 @@ def apply(x: Tensor, parts: Chunks, initial: Tensor, run: Tensor | None) -> tupl
     """
     wild = _wild(x)
     inputs = x if wild is None else torch.where(wild, 0.0, x)
-    y = parts.within @ inputs
-    state = initial.clone()
-    reading, writing = (_open_tiles(z) for z in (parts.reads, parts.writes))
+    y = allocate(tuple(x.shape), x.dtype) if x.device.type == "cpu" else torch.empty_like(x)
+    states = [state.clone() for state in initial.split(RANK_TILE, 1)]
+    within, tiles = None, []
+    for place, (state, *given) in enumerate(zip(states, *(z.split(RANK_TILE, -1) for z in (u, v, decay)), strict=True)):
+        if wild is None and _closed(state, *given):
+            states[place] = _faded(state, given[-1], run)
+        else:
+            parts = chunks(*given, run)
+            within = parts.within if within is None else within + parts.within
+            tiles.append(Tile(state, parts))
     for c in range(x.shape[1]):
-        target = y[:, c]
-        for place, first in enumerate(range(0, state.shape[1], RANK_TILE)):
-            tile = slice(first, first + RANK_TILE)
-            held = state[:, tile]
-            if reading[c][place] or not held.isfinite().all():
-                _read(target, parts.reads[:, c, :, tile], held, None if run is None else run[:, c])
-            _decay(held, parts.totals[:, c, tile], None if run is None else run[:, c, -1])
-            if writing[c][place]:
-                held.baddbmm_(parts.writes[:, c, :, tile].mT, inputs[:, c])
+        target, runs = y[:, c], None if run is None else run[:, c]
+        if within is None:
+            target.zero_()
+            continue
+        target.baddbmm_(within[:, c], inputs[:, c], beta=0.0)
+        for tile in tiles:
+            tile.advance(c, target, inputs[:, c], runs)
         if wild is not None:
-            _add_wild(target, state, x[:, c], wild[:, c], Chunks(*(z[:, c] for z in parts)), run, c)
-    return y, state
+            _add_wild(c, target, x[:, c], wild[:, c], within[:, c], tiles, runs)
+    return y, torch.cat(states, 1)
 
 
-def _read(target: Tensor, reads: Tensor, state: Tensor, run: Tensor | None) -> None:
-    """Add reads · state to y, keeping a state that is not finite from the segments after it."""
-    if run is None or state.isfinite().all():
-        target.baddbmm_(reads, state)
-    else:
-        target.add_(torch.where((run == 0)[..., None], reads @ state, 0.0))
+class Tile:
+    """Rank channels that are read, written or skipped together, and their state.
+
+    Args:
+        state: (N, r, D), advanced in place.
+        parts: what the chunks do to it.
+    """
+
+    def __init__(self, state: Tensor, parts: Chunks) -> None:
+        self.state = state
+        self.reads, self.writes, self.totals = (z.unbind(1) for z in parts[1:])
+        self.reading, self.writing = (_used(z) for z in parts[1:3])
+        self.finite = False
+
+    def advance(self, c: int, y: Tensor, x: Tensor, run: Tensor | None) -> None:
+        """Add what chunk c reads to y (N, L, D), and write its inputs."""
+        if self.reading[c] or run is not None or not self._is_finite():
+            self._read(c, y, run)
+        self.state.mul_(self.totals[c][..., None])
+        if run is not None:
+            self.state.masked_fill_((run[:, -1] != 0)[:, None, None], 0.0)
+        if self.writing[c]:
+            self.state.baddbmm_(self.writes[c].mT, x)
+            self.finite = False
+
+    def _read(self, c: int, y: Tensor, run: Tensor | None) -> None:
+        """Add reads · state to y, keeping a state that is not finite from the segments after it."""
+        if run is None or self._is_finite():
+            y.baddbmm_(self.reads[c], self.state)
+        else:
+            y.add_(torch.where((run == 0)[..., None], self.reads[c] @ self.state, 0.0))
+
+    def _is_finite(self) -> bool:
+        # a finite state fades without ceasing to be one; a sum that overflows only costs the reading of zeros
+        self.finite = self.finite or math.isfinite(self.state.sum())
+        return self.finite
 
 
-def _decay(state: Tensor, totals: Tensor, last: Tensor | None) -> None:
-    """Multiply a state by the decays of a chunk, or drop it where the chunk begins a segment."""
-    state.mul_(totals[..., None])
-    if last is not None:
-        state.masked_fill_((last != 0)[:, None, None], 0.0)
+def _closed(state: Tensor, u: Tensor, v: Tensor, decay: Tensor) -> bool:
+    """Return whether a tile is neither written nor read by any token, and holds numbers; not looked at off the CPU."""
+    if state.device.type != "cpu" or u.any() or v.any():
+        return False
+    return math.isfinite(state.sum()) and math.isfinite(decay.sum())
+
+
+def _faded(state: Tensor, decay: Tensor, run: Tensor | None) -> Tensor:
+    """Return the state (N, r, D) of a closed tile after all chunks."""
+    state = state * decay.prod(2).prod(1)[..., None]
+    return state if run is None else state.masked_fill((run[..., -1] != 0).any(1)[:, None, None], 0.0)
+
+
+def _used(z: Tensor) -> list[bool]:
+    """Return for which chunks (N, n, L, r) holds anything but zeros; for all of them off the CPU."""
+    return z.any(2).any(-1).any(0).tolist() if z.device.type == "cpu" else [True] * z.shape[1]
 
 
 def _wild(x: Tensor) -> Tensor | None:
@@ -141,46 +191,43 @@ def _wild(x: Tensor) -> Tensor | None:
     return None if bool(low.isfinite() & high.isfinite()) else ~x.isfinite()
 
 
-def _add_wild(y: Tensor, state: Tensor, x: Tensor, wild: Tensor, parts: Chunks, run: Tensor | None, c: int) -> None:
-    """Add to y (N, L, D) and the state what the inputs that are not finite give, token by token."""
+def _add_wild(
+    c: int, y: Tensor, x: Tensor, wild: Tensor, within: Tensor, tiles: list[Tile], run: Tensor | None
+) -> None:
+    """Add what the inputs of chunk c that are not finite give to its outputs (N, L, D) and the states, one by one."""
     places = torch.arange(x.shape[1], device=x.device)
     for row, s in wild.any(-1).nonzero().tolist():
         alone = torch.where(wild[row, s], x[row, s], 0.0)
         reached, stays = places >= s, torch.ones((), dtype=torch.bool, device=x.device)
         if run is not None:
-            reached, stays = reached & (run[row, c] == run[row, c, s]), run[row, c, -1] == run[row, c, s]
-        y[row] += torch.where(reached[:, None], parts.within[row, :, s, None] * alone, 0.0)
-        state[row] += torch.where(stays, parts.writes[row, s, :, None] * alone, 0.0)
-
-
-def _open_tiles(z: Tensor) -> list[list[bool]]:
-    """Return for every chunk which tiles of rank channels hold anything but zeros; all of them off the CPU."""
-    tiles = -(-z.shape[-1] // RANK_TILE)
-    if z.device.type != "cpu":
-        return [[True] * tiles] * z.shape[1]
-    used = (z != 0).any(2).any(0)
-    return torch.stack([part.any(-1) for part in used.split(RANK_TILE, -1)], -1).tolist()
+            reached, stays = reached & (run[row] == run[row, s]), run[row, -1] == run[row, s]
+        y[row] += torch.where(reached[:, None], within[row, :, s, None] * alone, 0.0)
+        for tile in tiles:
+            tile.state[row] += torch.where(stays, tile.writes[c][row, s, :, None] * alone, 0.0)
+            tile.finite = False
 
 
 def gradient(
-    grad: Tensor, grad_final: Tensor, x: Tensor, parts: Chunks, initial: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, the chunks and the initial state by differentiable operations.
+    grad: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial: Tensor,
+    run: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, u, v, α and the initial state by differentiable operations.
 
-    The states at the ends of chunks are computed anew.
+    The chunks and the states between them are computed anew.
     """
+    parts, pull = torch.func.vjp(lambda *factors: chunks(*factors, run), u, v, decay)
     states, _ = _carry(parts.totals, parts.writes.mT @ x, initial, reverse=False)
     entering = torch.cat([initial[:, None], states[:, :-1]], 1)
     passed, dinitial = _carry(parts.totals, parts.reads.mT @ grad, grad_final, reverse=True)
     leaving = torch.cat([passed[:, 1:], grad_final[:, None]], 1)
-    return (
-        parts.within.mT @ grad + parts.writes @ leaving,
-        grad @ x.mT,
-        grad @ entering.mT,
-        x @ leaving.mT,
-        (entering * leaving).sum(-1),
-        dinitial,
-    )
+    dparts = Chunks(grad @ x.mT, grad @ entering.mT, x @ leaving.mT, (entering * leaving).sum(-1))
+    return (parts.within.mT @ grad + parts.writes @ leaving, *pull(dparts), dinitial)
 
 
 def _carry(totals: Tensor, added: Tensor, start: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
