@@ -5,9 +5,11 @@ from parity_tests.ops import (
     linear_recurrence,
     lns,
     physics,
+    rank_gate,
     resonance,
     rotation,
     second_difference,
+    semiseparable,
     snr_filter,
     tensor_train,
     triality,
@@ -27,4 +29,6 @@ PAIRS: tuple[OpPair, ...] = (
     *resonance.PAIRS,
     *zeta.PAIRS,
     *physics.PAIRS,
+    *rank_gate.PAIRS,
+    *semiseparable.PAIRS,
 )

@@ -51,7 +51,8 @@ def rank_gate(
     sampled = mode == "binary_concrete" and training and noise is not None
     score = z + noise.astype(z.dtype) if sampled else z
     soft = jax.nn.sigmoid(score / temperature if mode == "binary_concrete" else score)
-    active = jnp.arange(z.shape[-1]) < (z.shape[-1] if active_rank is None else active_rank)
+    channel = jax.lax.broadcasted_iota(int, z.shape, z.ndim - 1)
+    active = channel < (z.shape[-1] if active_rank is None else active_rank)
     kept = _largest(jnp.where(active, score, -jnp.inf), min_rank)
     if _exact(mode, hard, training):
         value = ((score >= 0) | kept).astype(z.dtype)
@@ -69,7 +70,7 @@ def logistic(uniform: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         uniform: u in [0, 1]; 0 gives −∞, which closes a gate, 1 gives +∞.
     """
     u = uniform.astype(_accumulation(uniform.dtype))
-    return (jnp.log(u) - jnp.log1p(-u)).astype(uniform.dtype)
+    return (jnp.log(u) - jnp.log(1.0 - u)).astype(uniform.dtype)
 
 
 def temperature(progress: Float[Array, "*shape"], *, start: float, end: float) -> Float[Array, "*shape"]:

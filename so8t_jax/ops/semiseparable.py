@@ -51,7 +51,7 @@ def operator(
     def step(state: Array, row: tuple[Array, ...]) -> tuple[Array, Array]:
         x_t, u_t, v_t, a_t, restart = row
         # both are replaced, so that neither an infinite state nor an infinite multiplier enters
-        state = jnp.where(restart, 0, a_t)[:, None] * jnp.where(restart, 0, state) + u_t[:, None] * x_t
+        state = jnp.where(restart, 0, a_t)[:, None] * jnp.where(restart, 0, state) + jnp.outer(u_t, x_t)
         return state, v_t @ state
 
     rows = (*(z.astype(kind) for z in (x, u, v, jnp.broadcast_to(decay, u.shape))), _restarts(segment_ids, len(x)))
@@ -110,7 +110,7 @@ def banded(
     y = jnp.zeros(x.shape, kind)
     for j in range(before + 1):
         sources = slice(before - j, before - j + length)
-        y = y + taps[j].astype(kind) * jnp.where((runs[sources] == run)[:, None], inputs[sources], 0)
+        y = y + taps[j].astype(kind)[None] * jnp.where((runs[sources] == run)[:, None], inputs[sources], 0)
     last = jnp.where((runs[length:] == run[-1])[:, None], inputs[length:], 0)
     return y.astype(x.dtype), last.astype(x.dtype if initial is None else initial.dtype)
 

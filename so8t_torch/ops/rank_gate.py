@@ -99,7 +99,7 @@ def logistic(uniform: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """
     _check_real("logistic", "uniform numbers", uniform)
     u = uniform.to(accumulation_dtype(uniform.dtype))
-    return (u.log() - torch.log1p(-u)).to(uniform.dtype)
+    return (u.log() - (1.0 - u).log()).to(uniform.dtype)
 
 
 def temperature(progress: Float[Tensor, "*shape"], *, start: float, end: float) -> Float[Tensor, "*shape"]:

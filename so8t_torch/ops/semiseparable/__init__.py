@@ -241,7 +241,7 @@ def _check_rank(name: str, tokens: tuple[int, ...], u: Tensor, v: Tensor, decay:
         raise ShapeError(f"semiseparable.{name}: expected v of the shape of u {tuple(u.shape)}, got {tuple(v.shape)}.")
     _fits(name, "decays", decay, tuple(u.shape), "give one per token and rank channel, (R,) or (T, 1)")
     _check_kind(name, u, v=v, decay=decay)
-    if u.device.type == "cpu" and not torch.compiler.is_compiling():
+    if u.device.type == "cpu" and decay.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(decay.detach())
         if low < 0 or high > 1:
             raise DomainError(

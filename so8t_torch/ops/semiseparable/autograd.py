@@ -56,9 +56,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    x = ctx.saved_tensors[0]
-    with torch.autocast(x.device.type, enabled=False):
-        return (*eager.gradient(grad, grad_final, *ctx.saved_tensors), None)
+    saved = ctx.saved_tensors
+    with torch.autocast(grad.device.type, enabled=False):
+        return (*eager.gradient(grad, grad_final, *saved), None)
 
 
 register_autograd(chunked, _backward, setup_context=_save)

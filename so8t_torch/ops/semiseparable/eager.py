@@ -187,6 +187,8 @@ def _used(z: Tensor) -> list[bool]:
 
 def _wild(x: Tensor) -> Tensor | None:
     """Return where x is not finite, or None where it is finite throughout."""
+    if not x.numel():
+        return None
     low, high = torch.aminmax(x)
     return None if bool(low.isfinite() & high.isfinite()) else ~x.isfinite()
 
