@@ -165,7 +165,9 @@ def zeros(*shapes: tuple[int, ...]) -> tuple[Any, ...]:
 TOKENS = ((2, 5, 3), (2, 5, 4), (2, 5, 4), (4,))
 
 
-def of_five(u: tuple[int, ...] = (2, 5, 4), v: tuple[int, ...] = (2, 5, 4), a: tuple[int, ...] = (4,), x: int = 5) -> Any:
+def of_five(
+    u: tuple[int, ...] = (2, 5, 4), v: tuple[int, ...] = (2, 5, 4), a: tuple[int, ...] = (4,), x: int = 5
+) -> Any:
     """Return zeros for two rows of five tokens with four rank channels, or shapes that do not fit."""
     return zeros((2, x, 3), u, v, a)
 
@@ -216,7 +218,9 @@ PAIRS: tuple[OpPair, ...] = (
         rejections=REJECTIONS,
         carry=Carry(lambda e: cut(e, (0, 1, 2, 3, 5), 4), joined),
     ),
-    operator_pair(":shared_decay", {"shared": shared_decay}, wrt=(0, 1, 2, 3), shared=(3,), dtypes=("float64", "float32")),
+    operator_pair(
+        ":shared_decay", {"shared": shared_decay}, wrt=(0, 1, 2, 3), shared=(3,), dtypes=("float64", "float32")
+    ),
     OpPair(
         name="semiseparable.compat",
         reference=reference.compat,

@@ -81,7 +81,7 @@ def rank_gate(
         # soft − soft is exactly zero, so that the sum is exactly 0 or 1
         gates = value.to(z.dtype) + (soft - soft.detach())
     else:
-        gates = soft if kept is None else torch.where(kept, soft.clamp_min(0.5), soft)
+        gates = soft if kept is None else torch.where(kept, torch.maximum(soft, torch.full_like(soft, 0.5)), soft)
     if active_rank is not None and active_rank < z.shape[-1]:
         gates = torch.where(torch.arange(z.shape[-1], device=z.device) < active_rank, gates, 0.0)
     return gates.to(logits.dtype)

@@ -228,7 +228,9 @@ def _check_tokens(name: str, **given: Tensor) -> None:
             f"got {tuple(x.shape)}."
         )
     if not x.is_floating_point():
-        raise DomainError(f"semiseparable.{name}: expected {label} of a real floating dtype, got {x.dtype}; convert it.")
+        raise DomainError(
+            f"semiseparable.{name}: expected {label} of a real floating dtype, got {x.dtype}; convert it."
+        )
 
 
 def _check_rank(name: str, tokens: tuple[int, ...], u: Tensor, v: Tensor, decay: Tensor) -> None:
@@ -283,9 +285,7 @@ def _check_kind(name: str, x: Tensor, **others: Tensor) -> None:
                 f"semiseparable.{name}: expected {label} of a real floating dtype, got {z.dtype}; convert it."
             )
         if z.device != x.device:
-            raise DomainError(
-                f"semiseparable.{name}: the inputs are on {x.device}, {label} on {z.device}; move one."
-            )
+            raise DomainError(f"semiseparable.{name}: the inputs are on {x.device}, {label} on {z.device}; move one.")
 
 
 def _fits(name: str, what: str, x: Tensor, shape: tuple[int, ...], advice: str) -> None:
