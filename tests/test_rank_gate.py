@@ -67,7 +67,9 @@ def test_logistic_noise_has_its_moments_and_ends():
     assert abs(float(noise.var()) - math.pi**2 / 3) < 0.05
     assert room.logistic(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-math.inf, 0.0, math.inf]
     ends = room.logistic(torch.tensor([0.0, 1.0])).expand(3, 2)
-    assert torch.equal(rank_gate(torch.zeros(3, 2), ends, mode="binary_concrete"), torch.tensor([0.0, 1.0]).expand(3, 2))
+    assert torch.equal(
+        rank_gate(torch.zeros(3, 2), ends, mode="binary_concrete"), torch.tensor([0.0, 1.0]).expand(3, 2)
+    )
 
 
 @pytest.mark.parametrize("options", [*EXACT, {"mode": "soft"}], ids=str)

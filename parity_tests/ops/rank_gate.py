@@ -68,7 +68,7 @@ def by_scalars(
     active = z.shape[1] if active_rank is None else active_rank
     gates = np.zeros_like(z)
     for t, row in enumerate(z if noise is None else z + noise):
-        kept = sorted(range(active), key=lambda r, row=row: -row[r])[:min_rank]
+        kept = np.argsort(-row[:active], kind="stable")[:min_rank].tolist()
         for r in range(active):
             soft = 0.5 * (1.0 + math.tanh(0.5 * row[r] / scale))
             floored = max(soft, 0.5) if r in kept else soft

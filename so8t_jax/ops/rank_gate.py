@@ -48,8 +48,7 @@ def rank_gate(
         active_rank: channels that may be open, the first ones; all by default.
     """
     z = logits.astype(_accumulation(logits.dtype))
-    sampled = mode == "binary_concrete" and training and noise is not None
-    score = z + noise.astype(z.dtype) if sampled else z
+    score = z if noise is None else z + noise.astype(z.dtype)
     soft = jax.nn.sigmoid(score / temperature if mode == "binary_concrete" else score)
     channel = jax.lax.broadcasted_iota(int, z.shape, z.ndim - 1)
     active = channel < (z.shape[-1] if active_rank is None else active_rank)

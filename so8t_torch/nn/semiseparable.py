@@ -74,6 +74,10 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         ConfigError: an option is out of range, or adaptive time steps are asked for without decays.
     """
 
+    value_proj: nn.Linear | None
+    time_step: nn.Linear | None
+    log_rates: nn.Parameter | None
+
     def __init__(
         self,
         d_model: int,

@@ -83,14 +83,15 @@ def operator(
         raise ConfigError(f"semiseparable.operator: expected a chunk that is a power of two, got {chunk!r}.")
     chosen = choose("semiseparable.operator", backend, _candidates(x, u, v, decay, initial))
     rows, kind = math.prod(batch), accumulation_dtype(x.dtype)
-    flat = [z.to(kind).reshape(rows, length, z.shape[-1]) for z in (x, u, v, decay.to(kind).expand(u.shape))]
+    given = (x, u, v, decay.to(kind).expand(u.shape))
+    values, written, read, alpha = (z.to(kind).reshape(rows, length, z.shape[-1]) for z in given)
     state = _start(initial, x, (*batch, rank, width), kind).reshape(rows, rank, width)
     restart = None if segment_ids is None else _restarts(segment_ids, (*batch, length)).reshape(rows, length)
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "eager":
-            y, final = eager.recurrence(*flat, state, restart)
+            y, final = eager.recurrence(values, written, read, alpha, state, restart)
         else:
-            y, final = _in_chunks(*flat, state, restart, chunk)
+            y, final = _in_chunks(values, written, read, alpha, state, restart, chunk)
     kept = x.dtype if initial is None else initial.dtype
     return y.reshape(x.shape).to(x.dtype), final.reshape(*batch, rank, width).to(kept)
 

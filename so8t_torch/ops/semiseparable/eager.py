@@ -113,7 +113,7 @@ def operate(
         if wild is None and _closed(state, *given):
             states[place] = _faded(state, given[-1], run)
         else:
-            parts = chunks(*given, run)
+            parts = chunks(given[0], given[1], given[2], run)
             within = parts.within if within is None else within + parts.within
             tiles.append(Tile(state, parts))
     for c in range(x.shape[1]):
@@ -223,7 +223,7 @@ def gradient(
 
     The chunks and the states between them are computed anew.
     """
-    parts, pull = torch.func.vjp(lambda *factors: chunks(*factors, run), u, v, decay)
+    parts, pull, *_ = torch.func.vjp(lambda *factors: chunks(factors[0], factors[1], factors[2], run), u, v, decay)
     states, _ = _carry(parts.totals, parts.writes.mT @ x, initial, reverse=False)
     entering = torch.cat([initial[:, None], states[:, :-1]], 1)
     passed, dinitial = _carry(parts.totals, parts.reads.mT @ grad, grad_final, reverse=True)
