@@ -163,19 +163,19 @@ def banded(
     _check_segments("banded", x, segment_ids, (*batch, length))
     inputs = torch.cat([_start(initial, x, (*batch, before, width), kind), x.to(kind)], -2)
     run = None if segment_ids is None else pad(_restarts(segment_ids, (*batch, length)).cumsum(-1), (before, 0))
-
-    def of_segment(first: int, count: int, of: slice) -> Tensor:
-        found = inputs[..., first : first + count, :]
-        if run is None:
-            return found
-        return torch.where((run[..., first : first + count] == run[..., of])[..., None], found, 0.0)
-
     weights = taps.to(kind)
     y = weights[0] * inputs[..., before:, :]
     for j in range(1, before + 1):
-        y = torch.addcmul(y, weights[j], of_segment(before - j, length, slice(before, None)))
-    last = of_segment(length, before, slice(-1, None))
+        sources = slice(before - j, before - j + length)
+        y = torch.addcmul(y, weights[j], _of_segment(inputs, run, sources, slice(before, None)))
+    last = _of_segment(inputs, run, slice(length, None), slice(-1, None))
     return y.to(x.dtype), last.to(x.dtype if initial is None else initial.dtype, copy=True)
+
+
+def _of_segment(inputs: Tensor, run: Tensor | None, sources: slice, readers: slice) -> Tensor:
+    """Return inputs (..., T, D) of some tokens, zero where they are of another run than the tokens that read them."""
+    found = inputs[..., sources, :]
+    return found if run is None else torch.where((run[..., sources] == run[..., readers])[..., None], found, 0.0)
 
 
 def explain_backend(x: Tensor) -> str:
@@ -190,14 +190,16 @@ def _in_chunks(
     length = x.shape[1]
     size = min(chunk, 1 << (length - 1).bit_length())
     missing = -length % size
-
-    def cut(z: Tensor, value: float = 0.0) -> Tensor:
-        padded = pad(z, (0, 0, 0, missing), value=value) if missing else z
-        return padded.unflatten(1, (-1, size))
-
     run = None if restart is None else pad(restart, (0, missing)).unflatten(1, (-1, size)).cumsum(-1)
-    y, final = autograd.chunked(cut(x), cut(u), cut(v), cut(decay, 1.0), initial, run)
+    values, written, read = (_cut(z, size, missing, 0.0) for z in (x, u, v))
+    y, final = autograd.chunked(values, written, read, _cut(decay, size, missing, 1.0), initial, run)
     return y.flatten(1, 2)[:, :length], final
+
+
+def _cut(z: Tensor, size: int, missing: int, value: float) -> Tensor:
+    """Return z (N, T, C) as chunks (N, n, L, C), filled up with a value."""
+    padded = pad(z, (0, 0, 0, missing), value=value) if missing else z
+    return padded.unflatten(1, (-1, size))
 
 
 def _start(initial: Tensor | None, like: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
