@@ -9,7 +9,18 @@ from torch.autograd import forward_ad
 
 import so8t_torch.ops
 from so8t_torch.core.errors import BackendError
-from so8t_torch.ops import lns, rotation, second_difference, tensor_train, triality, tridiagonal
+from so8t_torch.ops import (
+    hebbian,
+    linear_recurrence,
+    lns,
+    rank_gate,
+    rotation,
+    second_difference,
+    semiseparable,
+    tensor_train,
+    triality,
+    tridiagonal,
+)
 
 
 def drawn(*shape, seed=0):
@@ -21,8 +32,13 @@ IDS = torch.tensor([0, 5, 11])
 MASK = torch.ones(2, 6, dtype=torch.int64)
 POSITIVE = torch.ones(4, 5, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
 ROTATION = rotation.exponential(drawn(2, 28, seed=3))
+VALUES, WRITTEN = drawn(2, 6, 3, seed=6), drawn(2, 6, 4, seed=7)
+HALF = torch.tensor(0.5, dtype=torch.float64)
 FACTOR, CHANNELS = drawn(5, 3, seed=4), drawn(3, 16, seed=5)
 COUPLINGS, HEIGHT = drawn(5, seed=6), torch.tensor(0.1 + 1.0j, dtype=torch.complex128)
+
+QUERIES = drawn(2, 6, 2, 3, seed=8)
+KEPT = torch.tensor(0.9, dtype=torch.float64)
 
 # name, function of one tensor and a backend, that tensor, registered backends
 CALLS = (
@@ -42,12 +58,19 @@ CALLS = (
      ("rescaled", "triton")),
     ("tensor_train.rows", lambda c, b: tensor_train.rows(IDS, c, CORES[1], backend=b), CORES[0], ("tiled", "triton")),
     ("tensor_train.logits", lambda h, b: tensor_train.logits(h, *CORES, backend=b), drawn(3, 6), ("tiled",)),
+    ("rank_gate", lambda z, _: rank_gate.rank_gate(z, min_rank=2), drawn(3, 6), ()),
+    ("semiseparable.operator", lambda u, b: semiseparable.operator(VALUES, u, WRITTEN, HALF, backend=b)[0], WRITTEN,
+     ("chunked",)),
     ("tensor_train.cross_entropy", lambda h, b: tensor_train.cross_entropy(h, IDS, *CORES, backend=b), drawn(3, 6),
      ("tiled", "triton")),
     ("tridiagonal.green", lambda h, b: tridiagonal.green(h, COUPLINGS, COUPLINGS, HEIGHT, backend=b).imag, drawn(6),
      ("blocked", "triton")),
+    ("linear_recurrence", lambda b, c: linear_recurrence.linear_recurrence(HALF, b, backend=c)[0], VALUES,
+     ("blocked", "triton")),
+    ("hebbian", lambda v, b: hebbian.hebbian(QUERIES, QUERIES, v, KEPT, HALF, backend=b)[0], drawn(2, 6, 2, 4),
+     ("chunked", "triton")),
 )  # fmt: skip
-PLAIN = {"rotation.cayley", "lns.encode"}
+PLAIN = {"rotation.cayley", "lns.encode", "rank_gate"}
 """What contains no operator of its own."""
 REGISTERED = [(name, f, x, backend) for name, f, x, backends in CALLS for backend in backends]
 

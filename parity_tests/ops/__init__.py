@@ -6,9 +6,11 @@ from parity_tests.ops import (
     linear_recurrence,
     lns,
     physics,
+    rank_gate,
     resonance,
     rotation,
     second_difference,
+    semiseparable,
     snr_filter,
     tensor_train,
     triality,
@@ -29,4 +31,6 @@ PAIRS: tuple[OpPair, ...] = (
     *resonance.PAIRS,
     *zeta.PAIRS,
     *physics.PAIRS,
+    *rank_gate.PAIRS,
+    *semiseparable.PAIRS,
 )

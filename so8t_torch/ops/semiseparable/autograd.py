@@ -1,0 +1,64 @@
+"""Registration of the operator in chunks with ``torch.library``: one node for ``torch.compile``.
+
+Saved are the arguments, no states. The gradient is made of plain operations and of
+the linear recurrence, so that derivatives of every order exist. Forward-mode derivatives do not pass through a
+registered operation; the public function takes the plain form there. Autocast is off inside, forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from so8t_torch.core.forward_mode import register_autograd
+from so8t_torch.ops.semiseparable import eager
+
+
+def _chunked(
+    x: Tensor, u: Tensor, v: Tensor, decay: Tensor, initial: Tensor, run: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return eager.operate(x, u, v, decay, initial, run)
+
+
+@functools.cache
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
+
+
+def _run(*arguments: Any) -> Any:
+    # ``torch.library.custom_op`` would load the compiler (seconds) at the first call of a process without it
+    body = _untraced(_chunked) if "torch._dynamo" in sys.modules else _chunked
+    return body(*arguments)
+
+
+torch.library.define(
+    "so8t::semiseparable_chunks",
+    "(Tensor x, Tensor u, Tensor v, Tensor decay, Tensor initial, Tensor? run) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("so8t::semiseparable_chunks", "default", _run)
+chunked = torch.ops.so8t.semiseparable_chunks.default
+
+
+@torch.library.register_fake(chunked)
+def _(x: Tensor, _u: Tensor, _v: Tensor, _decay: Tensor, initial: Tensor, _run: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), initial.new_empty(initial.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    with torch.autocast(grad.device.type, enabled=False):
+        return (*eager.gradient(grad, grad_final, *saved), None)
+
+
+register_autograd(chunked, _backward, setup_context=_save)
