@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     """Decays between the tokens of a chunk.
 
     Attributes:
-        pair: D (n, h, c, c).
+        pair: Dᵀ (n, h, c, c), the earlier token first, as sums and products with it run fastest.
         enter: e (n, h, c, 1), the decay of what entered the chunk.
         dropped: where a segment began at or before the token (n, 1, c, 1), or nothing.
     """
@@ -72,7 +72,7 @@ class Weights(NamedTuple):
 
     def leave(self) -> Tensor:
         """Return the decay of each token's write behind the chunk (n, h, c, 1)."""
-        return self.pair[..., -1, :, None]
+        return self.pair[..., -1:]
 
 
 def recurrence(
@@ -166,8 +166,8 @@ def read_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -
     """Return what a chunk reads (n, h, c, v), and the state that leaves it, by differentiable operations."""
     weights = decays(part.log_decay, restart)
     written = part.eta[..., None] * (innovations(part, state, weights) if delta else part.v)
-    scores = (part.q @ part.k.mT) * weights.pair
-    y = scores @ written + weights.of_state(part.q @ state)
+    scores = (part.k @ part.q.mT).mul_(weights.pair)
+    y = (scores.mT @ written).add_(weights.of_state(part.q @ state))
     return y, weights.through(state) + (part.k * weights.leave()).mT @ written
 
 
@@ -175,21 +175,20 @@ def decays(log_decay: Tensor, restart: Tensor | None) -> Weights:
     """Return the decays between the tokens of a chunk, from g (n, h, c) and where segments begin (n, c)."""
     size = log_decay.shape[-1]
     earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
-    kept = ~earlier.mT
-    # sums along the last axis, which runs over the later token of a pair
+    kept = torch.ones_like(earlier).triu()
     logs = torch.where(earlier, log_decay[..., None, :], 0.0).cumsum(-1)
     dropped = None
     if restart is not None:
         segment = restart.cumsum(-1)
-        kept = kept & (segment[:, None, :, None] == segment[:, None, None, :])
+        kept = kept & (segment[:, None, None, :] == segment[:, None, :, None])
         dropped = (segment > 0)[:, None, :, None]
     pair = torch.where(kept, logs, -torch.inf).exp()
-    return Weights(pair.mT, log_decay.cumsum(-1).exp()[..., None], dropped)
+    return Weights(pair, log_decay.cumsum(-1).exp()[..., None], dropped)
 
 
 def innovations(part: Part, state: Tensor, weights: Weights) -> Tensor:
     """Return U of the delta rule: values less what the state reads under their keys when they arrive."""
-    overlap = ((part.k @ part.k.mT) * weights.pair).tril(-1) * part.eta[..., None, :]
+    overlap = ((part.k @ part.k.mT) * weights.pair).mT.tril(-1) * part.eta[..., None, :]
     target = part.v - weights.of_state(part.k @ state)
     return torch.linalg.solve_triangular(overlap, target, upper=False, unitriangular=True)
 
@@ -263,10 +262,10 @@ def _adjoint(
     leave, strength = weights.leave(), eta[..., None]
     values = innovations(part, state, weights) if delta else v
     written = strength * values
-    inside = (q @ k.mT).mul_(weights.pair).mT @ grad
-    scores = (grad @ written.mT).mul_(weights.pair)
-    dq = (scores @ k).add_(weights.of_state(grad @ state.mT))
-    dk = (scores.mT @ q).add_(leave * (written @ passed.mT))
+    inside = (k @ q.mT).mul_(weights.pair) @ grad
+    scores = (written @ grad.mT).mul_(weights.pair)
+    dq = (scores.mT @ k).add_(weights.of_state(grad @ state.mT))
+    dk = (scores @ q).add_(leave * (written @ passed.mT))
     outside = leave * (k @ passed)
     beyond = (written * outside).sum(-1)
     crossing = (q * dq).sum(-1) - (written * inside).sum(-1)
@@ -290,11 +289,11 @@ def _adjoint_of_innovations(
     With O = tril(K Kᵀ ∘ D, −1) and M = O η:  dV = (1 + M)⁻ᵀ Ū    dM = −dV Uᵀ    dO = dM η    e ∘ (K S) gets −dV
     """
     k, eta = part.k, part.eta[..., None, :]
-    overlap = ((k @ k.mT) * weights.pair).tril(-1)
+    overlap = ((k @ k.mT) * weights.pair).mT.tril(-1)
     dv = torch.linalg.solve_triangular((overlap * eta).mT, grad, upper=True, unitriangular=True)
     dsystem = (dv @ values.mT).tril(-1).neg_()
     shares = dsystem * overlap
-    pairs = (dsystem * eta) * weights.pair
+    pairs = (dsystem * eta) * weights.pair.mT
     read = weights.of_state(k @ state)
     dk = pairs @ k + pairs.mT @ k - weights.of_state(dv @ state.mT)
     moved = shares * eta
