@@ -239,6 +239,15 @@ def test_no_scale_of_energy_leaves_the_range_of_single_precision(scale):
     assert torch.allclose(found.to(torch.complex128), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [2.0**-249, 2.0**-133, 2.0**126, 2.0**249])
+def test_no_scale_of_energy_leaves_the_range_of_double_precision(scale):
+    h, b, c, z = hopping(100, 0.5)
+    dense = np.diag(h[0]) + np.diag(b[0], 1) + np.diag(c[0], -1) - complex(z) * np.eye(100)
+    expected = np.diag(np.linalg.inv(dense))
+    found = room.green(*(scale * x for x in (h, b, c, z)), mode="full")[0] * scale
+    assert np.abs(found.numpy() - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
 def test_exact_zeros_of_a_minor_stay_in_their_segment():
     h = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
     one = torch.ones(1, 5, dtype=torch.float64)

@@ -7,7 +7,8 @@ A chain of N sites is cut into blocks of about √(N/2). First every block reduc
 largest entry now and then, which leaves u/v alone and keeps it in range; then the products of all blocks
 before each one are formed by doubling; then every block runs the recurrence from the x that enters it. All steps are
 elementwise over the blocks, so a site depends on the sites before it in the sweep and on nothing else, bit for bit.
-Everything is carried in double precision, whose range no product of eight sites leaves, and rounded once.
+Everything is carried in double precision and rounded once; no product of eight sites of single precision leaves its
+range, and energies of double precision may have any scale from 10⁻⁷⁵ to 10⁷⁵.
 Where β = 0 (m = 0) a sweep starts afresh, whatever stands beyond: what precedes the last such place of a block never
 enters that block's product.
 """
@@ -25,7 +26,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
 """Sites per block: below, starting a block costs more than its sites; above, blocks are plenty anyway."""
 WIDE = torch.complex128
 """In which sweeps are carried: on a CPU it costs a fraction more than single precision."""
-FACTORS = 8
+FACTORS = {torch.complex64: 8, torch.complex128: 1}
 """Factors of a product between two divisions: eight numbers of float32, any at all, have a product in float64."""
 
 
@@ -163,10 +164,11 @@ def _block_products(d: Tensor, beta: Tensor, cut: Tensor) -> tuple[Tensor, Tenso
     d, minus_beta = torch.where(hidden, 1.0, d), torch.where(hidden, 0.0, -beta)
     u, v = torch.eye(2, dtype=WIDE, device=d.device).view(2, 2, 1, 1, 1).repeat(1, 1, *d.shape[1:])
     spare = torch.empty_like(u)
+    factors = FACTORS[beta.dtype]
     for k, (d_k, minus_beta_k) in enumerate(zip(d, minus_beta, strict=True), start=1):
         torch.mul(d_k.to(WIDE), u, out=spare).addcmul_(minus_beta_k.to(WIDE), v)
         u, v, spare = spare, u, v
-        if k % FACTORS == 0:
+        if k % factors == 0:
             u, v = _normalised(torch.stack([u, v]))
     return torch.stack([u, v]), forgets
 
