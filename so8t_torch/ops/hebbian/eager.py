@@ -175,15 +175,18 @@ def decays(log_decay: Tensor, restart: Tensor | None) -> Weights:
     """Return the decays between the tokens of a chunk, from g (n, h, c) and where segments begin (n, c)."""
     size = log_decay.shape[-1]
     earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
-    kept = torch.ones_like(earlier).triu()
     logs = torch.where(earlier, log_decay[..., None, :], 0.0).cumsum(-1)
-    dropped = None
-    if restart is not None:
-        segment = restart.cumsum(-1)
-        kept = kept & (segment[:, None, None, :] == segment[:, None, :, None])
-        dropped = (segment > 0)[:, None, :, None]
-    pair = torch.where(kept, logs, -torch.inf).exp()
+    pair = torch.where(_before(restart, size, log_decay.device), logs, -torch.inf).exp()
+    dropped = None if restart is None else (restart.cumsum(-1) > 0)[:, None, :, None]
     return Weights(pair, log_decay.cumsum(-1).exp()[..., None], dropped)
+
+
+def _before(restart: Tensor | None, size: int, device: torch.device | None = None) -> Tensor:
+    """Return whether token s reaches token t ≥ s of a chunk, (…, s, t): both are in one segment."""
+    if restart is None:
+        return torch.ones(size, size, dtype=torch.bool, device=device).triu()
+    segment = restart.cumsum(-1)
+    return (segment[:, None, None, :] == segment[:, None, :, None]).triu()
 
 
 def innovations(part: Part, state: Tensor, weights: Weights) -> Tensor:
@@ -216,20 +219,27 @@ def chunks(length: int, delta: bool) -> list[slice]:
 
 
 def _finite_or_walked(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
-    """Return what a chunk reads and leaves; from the first token on that is not finite, the loop says it."""
+    """Return what a chunk reads and leaves; the loop says it where a number that is not finite reaches a token.
+
+    It reaches the tokens behind it, and from the state that enters the first ones, to the end of their segment.
+    """
     y, after = read_chunk(part, state, restart, delta)
     if bool((y.sum() + after.sum()).isfinite()):
         return y, after
     sound = part.log_decay.isfinite() & part.eta.isfinite()
     sound = sound & part.k.isfinite().all(-1) & part.v.isfinite().all(-1)
-    if bool(sound.all()):
+    entered = state.isfinite().all(-1).all(-1)
+    if bool(sound.all() & entered.all()):
         return y, after
     keys, values = (torch.where(sound[..., None], x, 0.0) for x in (part.k, part.v))
     rates, strengths = (torch.where(sound, x, 0.0) for x in (part.log_decay, part.eta))
-    y, after = read_chunk(Part(part.q, keys, values, rates, strengths), state, restart, delta)
+    known = torch.where(entered[..., None, None], state, 0.0)
+    y, after = read_chunk(Part(part.q, keys, values, rates, strengths), known, restart, delta)
     walked, left = _walk(part, state, restart, delta)
-    so_far = sound.cumprod(-1, dtype=torch.int8).bool()[..., None]
-    return torch.where(so_far, y, walked), torch.where(so_far[..., -1:, :], after, left)
+    reached = (~sound[..., None] & _before(restart, sound.shape[-1], sound.device)).any(-2)
+    first = restart.cumsum(-1)[:, None] == 0 if restart is not None else torch.ones_like(reached)
+    reached = (reached | (first & ~entered[..., None]))[..., None]
+    return torch.where(reached, walked, y), torch.where(reached[..., -1:, :], left, after)
 
 
 def _walk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
