@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 import so8t_torch.ops
 from so8t_torch.core.errors import BackendError
-from so8t_torch.ops import lns, rotation, second_difference, tensor_train, triality
+from so8t_torch.ops import hebbian, lns, rotation, second_difference, tensor_train, triality
 
 
 def drawn(*shape, seed=0):
@@ -21,6 +21,7 @@ IDS = torch.tensor([0, 5, 11])
 MASK = torch.ones(2, 6, dtype=torch.int64)
 POSITIVE = torch.ones(4, 5, dtype=torch.int8), torch.ones(5, 3, dtype=torch.int8)
 ROTATION = rotation.exponential(drawn(2, 28, seed=3))
+READ = drawn(2, 9, 2, 3, seed=6), drawn(2, 9, 2, 4, seed=7), drawn(2, 9, 2, seed=8).abs(), drawn(2, 9, 2, seed=9)
 FACTOR, CHANNELS = drawn(5, 3, seed=4), drawn(3, 16, seed=5)
 
 # name, function of one tensor and a backend, that tensor, registered backends
@@ -43,6 +44,8 @@ CALLS = (
     ("tensor_train.logits", lambda h, b: tensor_train.logits(h, *CORES, backend=b), drawn(3, 6), ("tiled",)),
     ("tensor_train.cross_entropy", lambda h, b: tensor_train.cross_entropy(h, IDS, *CORES, backend=b), drawn(3, 6),
      ("tiled", "triton")),
+    ("hebbian.hebbian", lambda k, b: hebbian.hebbian(READ[0], k, *READ[1:], backend=b)[0], drawn(2, 9, 2, 3),
+     ("chunked", "triton")),
 )  # fmt: skip
 PLAIN = {"rotation.cayley", "lns.encode"}
 """What contains no operator of its own."""
