@@ -1,4 +1,4 @@
-"""What one pair cannot say about fast weights: causality to the bit, what is not finite, credit, books, registration."""
+"""What one pair cannot say about fast weights: causality to the bit, infinities, credit, books, registration."""
 
 import math
 

@@ -191,7 +191,7 @@ def test_a_memory_recalls_over_a_distance():
 
 def test_under_autocast_only_projections_are_rounded():
     module, x = layer(torch.float32), drawn(1, 40, WIDTH, dtype=torch.float32)
-    wanted, state = module(x)
+    wanted, _ = module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, carried = module(x)
     assert carried.dtype == torch.float32

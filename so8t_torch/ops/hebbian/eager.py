@@ -196,9 +196,7 @@ def innovations(part: Part, state: Tensor, weights: Weights) -> Tensor:
     return torch.linalg.solve_triangular(overlap, target, upper=False, unitriangular=True)
 
 
-def part_of(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, n: slice, t: slice
-) -> Part:
+def part_of(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, n: slice, t: slice) -> Part:
     """Return some tokens of some rows, in the dtype that is computed in."""
     kind = accumulation_dtype(v.dtype)
     given = (x[n, t].transpose(1, 2) for x in (q, k, v, log_decay, eta))
@@ -321,7 +319,7 @@ def _walk_back(
         entering.append(_dropped(state, restart, t))
         _, state, _ = advance(entering[t], *token, delta)
     columns: list[list[Tensor]] = [[] for _ in part]
-    for t, (q, k, v, log_decay, eta) in reversed(list(enumerate(tokens))):
+    for t, (q, k, _, log_decay, eta) in reversed(list(enumerate(tokens))):
         y, retention = grad[:, :, t], log_decay.exp()[..., None, None]
         _, state, u = advance(entering[t], *tokens[t], delta)
         passed = passed + q[..., None] * y[..., None, :]

@@ -168,4 +168,3 @@ def _norm(x: Tensor) -> Tensor:
     """Return the Euclidean norm along the last axis, 0 with gradient 0 for zeros."""
     length, empty = arguments.norms(x)
     return torch.where(empty, 0.0, length)
-
