@@ -23,6 +23,8 @@ _EXPORTS = {
     "tt_contraction_memory_efficient": "so8t_torch.nn.tensor_train_embedding",
     "load_compressed": "so8t_torch.models.compression",
     "fused_associative_scan": "so8t_torch.nn.associative_scan",
+    "AdaptiveRankSemiseparableLayer": "so8t_torch.nn.semiseparable",
+    "DissipativeHebbianLayer": "so8t_torch.nn.hebbian",
     "NonHermitianPotential": "so8t_torch.nn.dissipative_bk",
     "DissipativeBKLayer": "so8t_torch.nn.dissipative_bk",
     "SNRMemoryFilter": "so8t_torch.nn.memory_selection",
