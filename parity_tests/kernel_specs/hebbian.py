@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from parity_tests.kernel_specs.spec import KernelSpec
@@ -35,7 +36,7 @@ def _kernels(element: str, carried: str, precision: str) -> tuple[KernelSpec, ..
         **dict.fromkeys(("adjoints_ptr", "dlog_ptr", "deta_ptr"), f"*{carried}"), **SIZES,
     }  # fmt: skip
     plain, transposed = ({"stride_a": "i32:16"}, {"stride_b": 1}), ({"stride_b": "i32:16"}, {"stride_a": 1})
-    cases: list[tuple[Any, dict[int, tuple[Tile, ...]], dict[str, str], dict[str, Any]]] = [
+    cases: list[tuple[Any, Mapping[int, tuple[Tile, ...]], dict[str, str], dict[str, Any]]] = [
         *((kernels.walk_kernel, kernels.WALK_TILES, walk, {"ADJOINT": x, "STARTED": True}) for x in (False, True)),
         *(
             (kernels.read_kernel, kernels.READ_TILES, read | stride, {"ADJOINT": x, "INTERPRETED": False, **one})

@@ -46,11 +46,7 @@ READ_TILES = {
     4: (_tile(8, 32, 64, ROWS=32), _tile(4, 32, 64, ROWS=16)),
     8: (_tile(8, 16, 32, ROWS=16),),
 }
-GATES_TILES = {
-    2: (_tile(8, 16, 32), _tile(8, 16, 16)),
-    4: (_tile(8, 16, 32), _tile(8, 16, 16)),
-    8: (_tile(8, 16, 16),),
-}
+GATES_TILES = {2: (_tile(8, 16, 32),), 4: (_tile(8, 16, 32),), 8: (_tile(8, 16, 16),)}
 
 
 @triton.jit
