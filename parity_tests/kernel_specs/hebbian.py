@@ -35,24 +35,26 @@ def _kernels(element: str, carried: str, precision: str) -> tuple[KernelSpec, ..
         **dict.fromkeys(("adjoints_ptr", "dlog_ptr", "deta_ptr"), f"*{carried}"), **SIZES,
     }  # fmt: skip
     plain, transposed = ({"stride_a": "i32:16"}, {"stride_b": 1}), ({"stride_b": "i32:16"}, {"stride_a": 1})
-    cases: list[tuple[Any, dict[int, tuple[Tile, ...]], dict[str, str], dict[str, Any]]] = [
-        *((kernels.walk_kernel, kernels.WALK_TILES, walk, {"ADJOINT": x, "STARTED": True}) for x in (False, True)),
+    walks, reads = kernels.WALK_TILES[precision], kernels.READ_TILES[precision]
+    gate = kernels.GATES_TILES[BYTES[element]]
+    cases: list[tuple[Any, tuple[Tile, ...], dict[str, str], dict[str, Any]]] = [
+        *((kernels.walk_kernel, walks, walk, {"ADJOINT": x, "STARTED": True}) for x in (False, True)),
         *(
-            (kernels.read_kernel, kernels.READ_TILES, read | stride, {"ADJOINT": x, "INTERPRETED": False, **one})
+            (kernels.read_kernel, reads, read | stride, {"ADJOINT": x, "INTERPRETED": False, **one})
             for stride, one in (plain, transposed)
             for x in (False, True)
         ),
-        (kernels.gates_kernel, kernels.GATES_TILES, own, {}),
+        (kernels.gates_kernel, gate, own, {}),
     ]
     return tuple(
         KernelSpec(
             room="hebbian",
             kernel=kernel,
-            tiles=tiles[BYTES[element]],
+            tiles=tiles,
             signature=signature,
             constants={**flags, **more},
             elements=(element,),
-            wide_stores=0 if kernel is kernels.gates_kernel else 1,
+            wide_stores=int(kernel is kernels.walk_kernel or (kernel is kernels.read_kernel and not double)),
         )
         for kernel, tiles, signature, more in cases
     )

@@ -36,21 +36,18 @@ def _tile(warps: int, bk: int, bv: int, **constants: int) -> Tile:
 
 
 WALK_TILES = {
-    2: (_tile(4, 32, 32), _tile(8, 32, 64)),
-    4: (_tile(4, 32, 32), _tile(8, 32, 64)),
-    8: (_tile(8, 16, 32),),
+    "tf32": (_tile(4, 32, 32), _tile(8, 32, 64)),
+    "tf32x3": (_tile(4, 32, 32), _tile(8, 32, 64)),
+    "ieee": (_tile(8, 16, 32),),
 }
-"""Bytes per element → tiles."""
+"""How products are rounded → tiles."""
 READ_TILES = {
-    2: (_tile(8, 32, 64, ROWS=32), _tile(4, 64, 64, ROWS=16)),
-    4: (_tile(8, 32, 64, ROWS=32), _tile(4, 32, 64, ROWS=16)),
-    8: (_tile(8, 16, 32, ROWS=16),),
+    "tf32": (_tile(4, 32, 64, ROWS=32), _tile(4, 64, 64, ROWS=16)),
+    "tf32x3": (_tile(8, 32, 64, ROWS=32), _tile(4, 32, 64, ROWS=16)),
+    "ieee": (_tile(8, 16, 16, ROWS=16),),
 }
-GATES_TILES = {
-    2: (_tile(8, 16, 32), _tile(8, 16, 16)),
-    4: (_tile(8, 16, 32), _tile(8, 16, 16)),
-    8: (_tile(8, 16, 16),),
-}
+GATES_TILES = {2: (_tile(8, 16, 32),), 4: (_tile(8, 16, 16),), 8: (_tile(8, 16, 16),)}
+"""Bytes per element → tiles."""
 
 
 @triton.jit
@@ -390,7 +387,7 @@ def backward(
     dlog, deta = (torch.empty_like(run.shared["log_ptr"]) for _ in range(2))
     launch(
         gates_kernel,
-        GATES_TILES[run.size],
+        GATES_TILES[v.dtype.itemsize],
         lambda _: (run.rows * run.chunks,),
         {
             **run.shared, "q_ptr": q, "k_ptr": k, "v_ptr": v, "dy_ptr": dy, "states_ptr": states,
@@ -408,7 +405,7 @@ class _Run:
     def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, reset: Tensor | None, chunk: int) -> None:
         batch, length, heads, dk = k.shape
         self.kind = torch.float64 if v.dtype == torch.float64 else torch.float32
-        self.size, self.chunk = v.dtype.itemsize, chunk
+        self.precision, self.chunk = PRECISION[v.dtype], chunk
         self.batch, self.heads, self.dk, self.dv = batch, heads, dk, v.shape[-1]
         self.rows, self.chunks = batch * heads, triton.cdiv(length, chunk)
         gates = log_decay.to(self.kind).contiguous()
@@ -416,7 +413,7 @@ class _Run:
             "log_ptr": gates, "eta_ptr": eta.to(self.kind).contiguous(),
             "reset_ptr": gates if reset is None else reset.contiguous().view(torch.uint8),
             "length": length, "heads": heads, "dk": dk, "dv": self.dv, "chunks": self.chunks,
-            "FLOAT64": self.kind == torch.float64, "RESETS": reset is not None, "PRECISION": PRECISION[v.dtype],
+            "FLOAT64": self.kind == torch.float64, "RESETS": reset is not None, "PRECISION": self.precision,
             "C": chunk,
         }  # fmt: skip
 
@@ -426,7 +423,7 @@ class _Run:
         states = end.new_empty(self.batch, self.chunks, self.heads, self.dk, self.dv)
         launch(
             walk_kernel,
-            WALK_TILES[self.size],
+            WALK_TILES[self.precision],
             lambda tile: (self.rows, triton.cdiv(self.dk, tile["BK"]), triton.cdiv(self.dv, tile["BV"])),
             {
                 **self.shared, "x_ptr": x, "z_ptr": z, "states_ptr": states, "end_ptr": end,
@@ -446,7 +443,7 @@ class _Run:
         stride_a, stride_b = (1, self.dv) if transposed else (self.dv, 1)
         launch(
             read_kernel,
-            READ_TILES[self.size],
+            READ_TILES[self.precision],
             lambda tile: (
                 self.rows * self.chunks, triton.cdiv(width, tile["BV"]), triton.cdiv(self.chunk, tile["ROWS"]),
             ),
