@@ -288,7 +288,7 @@ STEP_REJECTIONS = (
 )
 NEGATIVE = (Rejection("negative", lambda: changed(3, lambda x: x - 1)[1:], DomainError, "Γ ≥ 0"),)
 
-# What is read is a sum of writes of both signs, each weighed by a product of two vectors, and a rate's gradient a sum of  # noqa: E501
+# What is read is a sum of writes of both signs, each weighed by a product of two vectors; a rate's gradient is a sum of
 # everything that crosses its token.
 BUDGET = Budget(forward=16.0, gradient=64.0, floor=0.5, gradient_floor=1.0)
 BACKENDS: tuple[str, ...] = ("eager", "triton")
