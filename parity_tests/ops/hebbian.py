@@ -144,8 +144,8 @@ def step_by_products(
     key_norm: str = "l2",
 ) -> tuple[Array, Array]:
     """Return what a run of one token returns."""
-    one = (x[None] for x in (q, k, v, decay, eta))
-    y, last = by_products(*one, state, rule=rule, discretization=discretization, key_norm=key_norm)
+    options: dict[str, Any] = {"rule": rule, "discretization": discretization, "key_norm": key_norm}
+    y, last = by_products(q[None], k[None], v[None], decay[None], eta[None], state, **options)
     return y[0], last
 
 
@@ -274,16 +274,21 @@ REJECTIONS = (
     Rejection("key_norm", zeros, ConfigError, "key_norm to be one of", {"key_norm": "l1"}),
     Rejection("backend", zeros, BackendError, "chunked", {"backend": "fast"}),
 )  # fmt: skip
+
+
+def token(state: tuple[int, ...] = (3, 4, 2), query: tuple[int, ...] = (3, 4), rate: float = 0.0) -> tuple[Any, ...]:
+    """Return a state and one token."""
+    return *map(torch.zeros, (state, query, (3, 4), (3, 2))), torch.full((3,), rate), torch.ones(3)
+
+
 STEP_REJECTIONS = (
-    Rejection("state", lambda: tuple(map(torch.zeros, ((3, 4), (3, 4), (3, 4), (3, 2), (3,), (3,)))), ShapeError, "H, K, V"),
-    Rejection("query", lambda: tuple(map(torch.zeros, ((3, 4, 2), (3, 5), (3, 4), (3, 2), (3,), (3,)))), ShapeError,
-              "a query of shape"),
-    Rejection("negative", lambda: (*map(torch.zeros, ((3, 4, 2), (3, 4), (3, 4), (3, 2))), -torch.ones(3), torch.ones(3)),
-              DomainError, "Γ ≥ 0"),
-)  # fmt: skip
+    Rejection("state", lambda: token(state=(3, 4)), ShapeError, "H, K, V"),
+    Rejection("query", lambda: token(query=(3, 5)), ShapeError, "a query of shape"),
+    Rejection("negative", lambda: token(rate=-1.0), DomainError, "Γ ≥ 0"),
+)
 NEGATIVE = (Rejection("negative", lambda: changed(3, lambda x: x - 1)[1:], DomainError, "Γ ≥ 0"),)
 
-# What is read is a sum of writes of both signs, each weighed by a product of two vectors, and a rate's gradient a sum of
+# What is read is a sum of writes of both signs, each weighed by a product of two vectors; a rate's gradient is a sum of
 # everything that crosses its token.
 BUDGET = Budget(forward=16.0, gradient=64.0, floor=0.5, gradient_floor=1.0)
 BACKENDS: tuple[str, ...] = ("eager", "triton")

@@ -230,12 +230,11 @@ class DissipativeHebbianLayer(nn.Module):
             slack: share by which rounding may exceed the bound.
 
         Returns:
-            ``gamma``, ``half_life`` in tokens, ``energy``, ``dissipation``, ``supply`` and ``balance_residual`` (B, N, H);
-            for the rule "hebb" also ``bound`` of ‖S‖ and ``within_bound``.
+            ``gamma``, ``half_life`` in tokens, ``energy``, ``dissipation``, ``supply`` and ``balance_residual``
+            (B, N, H); for the rule "hebb" also ``bound`` of ‖S‖ and ``within_bound``.
         """
-        _, *written = self._tokens(x, padding_mask, gamma)
-        balance = hebbian.energy_balance(*written, state, segment_ids, **self._options())
-        rate = written[2]
+        _, k, v, rate, eta = self._tokens(x, padding_mask, gamma)
+        balance = hebbian.energy_balance(k, v, rate, eta, state, segment_ids, **self._options())
         found = {
             "gamma": rate / self.dt,
             "half_life": math.log(2) / rate,
@@ -246,7 +245,7 @@ class DissipativeHebbianLayer(nn.Module):
         }
         if self.rule == "hebb":
             options = {name: value for name, value in self._options().items() if name != "rule"}
-            bound = hebbian.state_bound(*written, state, segment_ids, **options)
+            bound = hebbian.state_bound(k, v, rate, eta, state, segment_ids, **options)
             found |= {"bound": bound, "within_bound": (2 * balance.energy).sqrt() <= (1 + slack) * bound}
         return found
 
@@ -312,7 +311,8 @@ class DissipativeHebbianLayer(nn.Module):
         """Raise unless the arguments fit."""
         if x.ndim != 3 or 0 in x.shape[1:] or x.shape[-1] != self.d_model:
             raise ShapeError(
-                f"DissipativeHebbianLayer: expected activations (B, N, {self.d_model}) with N > 0, got {tuple(x.shape)}."
+                f"DissipativeHebbianLayer: expected activations (B, N, {self.d_model}) with N > 0, "
+                f"got {tuple(x.shape)}."
             )
         if not x.is_floating_point():
             raise DomainError(f"DissipativeHebbianLayer: expected real floating activations, got {x.dtype}.")
@@ -335,8 +335,8 @@ def _check_sizes(d_model: int, num_heads: int, head_dim: int, feedback_channels:
     """Raise ConfigError unless sizes are at least 1 and the mode is known."""
     if min(d_model, num_heads, head_dim) < 1 or feedback_channels < 0:
         raise ConfigError(
-            f"DissipativeHebbianLayer: expected d_model, num_heads and head_dim of 1 or more, and feedback_channels of 0 "
-            f"or more, got {d_model}, {num_heads}, {head_dim} and {feedback_channels}."
+            f"DissipativeHebbianLayer: expected d_model, num_heads and head_dim of 1 or more, and feedback_channels of "
+            f"0 or more, got {d_model}, {num_heads}, {head_dim} and {feedback_channels}."
         )
     if eta_mode not in ("constant", "head", "token"):
         raise ConfigError(

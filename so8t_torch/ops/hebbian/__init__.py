@@ -87,12 +87,12 @@ def hebbian(
     chosen = choose(
         "hebbian", backend, _candidates(rule, q, k, v, decay, eta, *(() if initial is None else (initial,)))
     )
-    flat = given.rows(q), keys, given.v, given.log_decay, strength, given.initial, given.restart, rule == "delta"
+    flat = given.rows(q), keys, given.v, given.log_decay, strength, given.initial, given.restart
     with torch.autocast(v.device.type, enabled=False):
         if chosen == "eager":
-            y, final = eager.recurrence(*flat)
+            y, final = eager.recurrence(*flat, delta=rule == "delta")
         else:
-            y, final, _ = autograd.hebbian(*flat, chosen)
+            y, final, _ = autograd.hebbian(*flat, rule == "delta", chosen)
     return y.reshape(v.shape), final.reshape(*given.batch, *final.shape[1:])
 
 
@@ -135,7 +135,7 @@ def step(
     if discretization == "zoh":
         strength = strength * arguments.held(rate)
     key = arguments.unit(k) if key_norm == "l2" else k.to(kind)
-    y, found, _ = eager.advance(state.to(kind), q.to(kind), key, v.to(kind), -rate, strength, rule == "delta")
+    y, found, _ = eager.advance(state.to(kind), q.to(kind), key, v.to(kind), -rate, strength, delta=rule == "delta")
     return y.to(v.dtype), found.to(state.dtype)
 
 

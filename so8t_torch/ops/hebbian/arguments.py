@@ -94,7 +94,7 @@ def weakened(eta: Tensor, k: Tensor) -> Tensor:
 
 
 def norms(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Euclidean norms along the last axis without overflow of squares, 1 for zeros, and where there are zeros."""
+    """Return Euclidean norms along the last axis whose squares do not overflow, 1 for zeros, and where those are."""
     wide = x.to(accumulation_dtype(x.dtype))
     largest = wide.detach().abs().amax(-1, keepdim=True)
     empty = largest == 0

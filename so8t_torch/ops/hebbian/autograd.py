@@ -56,8 +56,8 @@ def _gradient(
         from so8t_torch.ops.hebbian import kernels
 
         ends = initial, restart, states, eager.CHUNK
-        dq, dk, *rest = kernels.backward(grad, grad_final, q, k.to(v.dtype), v, log_decay, eta, *ends)
-        return dq, dk.to(k.dtype), *rest
+        found = kernels.backward(grad, grad_final, q, k.to(v.dtype), v, log_decay, eta, *ends)
+        return found[0], found[1].to(k.dtype), *found[2:]
     return eager.gradient_chunked(grad, grad_final, q, k, v, log_decay, eta, states, restart, delta)
 
 
@@ -113,8 +113,10 @@ def _gradient_backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ..
     start = initial if initial is not None else torch.zeros_like(grad_final)
 
     def plain(*arguments: Tensor) -> tuple[Tensor, ...]:
-        def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return eager.recurrence(*inputs, restart, ctx.delta)  # type: ignore[arg-type]
+        def forward(
+            q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, start: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return eager.recurrence(q, k, v, log_decay, eta, start, restart, delta=ctx.delta)
 
         return torch.func.vjp(forward, *arguments[2:])[1](arguments[:2])
 

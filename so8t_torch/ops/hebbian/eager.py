@@ -83,6 +83,7 @@ def recurrence(
     eta: Tensor,
     initial: Tensor | None,
     restart: Tensor | None,
+    *,
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y (N, T, H, V) and the last state by differentiable operations, one step per token."""
@@ -91,13 +92,13 @@ def recurrence(
     rows = []
     tokens = zip(*(x.to(kind).unbind(1) for x in (q, k, v, log_decay, eta)), strict=True)
     for t, token in enumerate(tokens):
-        y, state, _ = advance(_dropped(state, restart, t), *token, delta)
+        y, state, _ = advance(_dropped(state, restart, t), *token, delta=delta)
         rows.append(y)
     return torch.stack(rows, 1).to(v.dtype), state.to(v.dtype if initial is None else initial.dtype)
 
 
 def advance(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, delta: bool
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, *, delta: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what one token (…, H, ·) reads, the state that it leaves, and what it wrote."""
     kept = log_decay.exp()[..., None, None] * state
@@ -242,7 +243,8 @@ def _finite_or_walked(part: Part, state: Tensor, restart: Tensor | None, delta: 
 
 def _walk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
     """Return what the loop makes of a chunk."""
-    y, after = recurrence(*(x.transpose(1, 2) for x in part), state, restart, delta)
+    q, k, v, log_decay, eta = (x.transpose(1, 2) for x in part)
+    y, after = recurrence(q, k, v, log_decay, eta, state, restart, delta=delta)
     return y.transpose(1, 2), after
 
 
@@ -317,11 +319,11 @@ def _walk_back(
     entering = []
     for t, token in enumerate(tokens):
         entering.append(_dropped(state, restart, t))
-        _, state, _ = advance(entering[t], *token, delta)
+        _, state, _ = advance(entering[t], *token, delta=delta)
     columns: list[list[Tensor]] = [[] for _ in part]
     for t, (q, k, _, log_decay, eta) in reversed(list(enumerate(tokens))):
         y, retention = grad[:, :, t], log_decay.exp()[..., None, None]
-        _, state, u = advance(entering[t], *tokens[t], delta)
+        _, state, u = advance(entering[t], *tokens[t], delta=delta)
         passed = passed + q[..., None] * y[..., None, :]
         kept, du = retention * entering[t], (k[..., None] * passed).sum(-2)
         deta, du = (du * u).sum(-1), eta[..., None] * du
