@@ -7,7 +7,7 @@ import scipy.signal
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from so8t_torch.core.errors import BackendError
+from so8t_torch.core.errors import BackendError, DomainError
 from so8t_torch.nn.associative_scan import fused_associative_scan
 from so8t_torch.ops import linear_recurrence as room
 from so8t_torch.ops.linear_recurrence import eager, linear_recurrence
@@ -239,6 +239,12 @@ def test_the_associative_scan_is_right_beyond_three_elements_and_beyond_a_block(
         assert fused_associative_scan(torch.ones(2, length))[1, -1] == length
         assert fused_associative_scan(torch.ones(length, 2), 0)[-1, 1] == length
     assert fused_associative_scan(torch.ones(3, 0)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3)])
+def test_the_associative_scan_refuses_integers_by_its_own_name(shape):
+    with pytest.raises(DomainError, match="fused_associative_scan: expected a floating-point"):
+        fused_associative_scan(torch.ones(shape, dtype=torch.int64))
 
 
 def test_the_associative_scan_passes_gradients_to_every_term():
