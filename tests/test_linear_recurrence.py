@@ -206,6 +206,20 @@ def test_forward_mode_takes_the_plain_form_and_is_never_silently_zero(complex_va
         torch.func.jvp(lambda x: linear_recurrence(a, x, backend="blocked")[0], (b,), (direction,))
 
 
+def test_the_transforms_of_torch_func_take_the_plain_form():
+    a, b = decays(2, 9, 3), drawn(2, 9, 3, seed=1)
+
+    def loss(a, b, backend="auto"):
+        return linear_recurrence(a, b, backend=backend)[0].sin().sum()
+
+    given = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(given, b), given)
+    assert torch.allclose(torch.func.grad(loss)(a, b), expected, rtol=1e-12)
+    assert torch.allclose(torch.vmap(torch.func.grad(loss))(a, b), expected, rtol=1e-12)
+    with pytest.raises(BackendError, match=r"torch\.func differentiates"):
+        torch.func.grad(lambda x: loss(x, b, "blocked"))(a)
+
+
 def test_the_choice_of_backend_can_be_explained():
     lines = room.explain_backend(torch.zeros(3), torch.zeros(2, 3)).splitlines()
     assert [line.split(":")[0].strip() for line in lines] == ["triton", "blocked", "eager"]
