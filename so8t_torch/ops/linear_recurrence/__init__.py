@@ -61,7 +61,9 @@ def linear_recurrence(
 
     Numerics:
         Editing token t changes no bit of the states before it. Nothing is exponentiated and no product of multipliers
-        is divided by, so that a = 0, |a| > 1 and overflow mean what they mean in the loop.
+        is divided by, so that a = 0, |a| > 1 and overflow mean what they mean in the loop. What entered a block of
+        tokens whose product of multipliers falls below the range of the dtype is forgotten there, though the loop
+        would remember it if it is huge, or if multipliers above 1 follow in the block.
     """
     _check(a, b, initial, segment_ids)
     if b.is_complex() and not a.is_complex():
