@@ -1,10 +1,10 @@
 """Claims: closed rank channels are not paid for, a token costs the same in any length, and attention costs more.
 
 The operator runs on (1, 4096, 512), float32, in chunks of 32 with 64 or 128 rank channels. With the upper half of the
-channels closed at all tokens, by gates of zero, it takes at most 0.65 of the time: at least 1/0.65 of the work is
-saved. Flat means that 65,536 tokens in one call cost at most 1.2 times what 64 calls of 1,024 tokens do. Rivals: causal
-attention of PyTorch with heads of 64; the operator through the full N×N matrix of weights, without decays; one step per
-token in PyTorch. Peaks of PyTorch's allocator are printed below the times.
+channels closed at all tokens, by gates of zero, it takes at most 0.65 of the time. Flat means that 65,536 tokens in one
+call cost at most 1.2 times what 64 calls of 1,024 tokens do. Rivals: causal attention of PyTorch with heads of 64; the
+operator through the full N×N matrix of weights, without decays; one step per token in PyTorch. Peaks of PyTorch's
+allocator are printed below the times.
 
 Run: python -m benchmarks.semiseparable
 """

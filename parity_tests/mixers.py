@@ -7,17 +7,21 @@ A path is a backend of the production side or ``"jax"``, the definition.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
+from so8t_jax.ops import hebbian as hebbian_definition
 from so8t_jax.ops import linear_recurrence as recurrence_definition
+from so8t_jax.ops import semiseparable as semiseparable_definition
 from so8t_jax.ops import tridiagonal as tridiagonal_definition
-from so8t_torch.ops import linear_recurrence, tridiagonal
+from so8t_torch.ops import hebbian, linear_recurrence, semiseparable, tridiagonal
 
 Tokens = Mapping[str, np.ndarray]
 Output = tuple[np.ndarray, np.ndarray]
@@ -25,7 +29,7 @@ Z = 0.1 + 0.1j
 DEFINITION = "jax"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixer:
     """A sequence operation.
 
@@ -55,14 +59,21 @@ class Mixer:
     ) -> Output:
         """Return the outputs of all tokens, and the last state."""
         defined = path == DEFINITION
-        side = self.definition if defined else self.production
         convert: Callable[[np.ndarray], Any] = jnp.asarray if defined else _batch_of_one
-        options = self.options if defined else {**self.options, "backend": path}
         numbers = {name: convert(value) for name, value in tokens.items()}
         start, ids = (None if x is None else convert(x) for x in (state, segment_ids))
-        found = self.call(side, numbers, start, ids, options)
+        if defined:
+            found = _compiled(self)(numbers, start, ids)
+        else:
+            found = self.call(self.production, numbers, start, ids, {**self.options, "backend": path})
         y, final = (np.asarray(x) if defined else x[0].numpy() for x in found)
         return y, final
+
+
+@functools.cache
+def _compiled(mixer: Mixer) -> Callable[..., Any]:
+    """Compile the definition, once for every length."""
+    return jax.jit(lambda tokens, state, ids: mixer.call(mixer.definition, tokens, state, ids, mixer.options))
 
 
 def _batch_of_one(x: np.ndarray) -> torch.Tensor:
@@ -71,6 +82,20 @@ def _batch_of_one(x: np.ndarray) -> torch.Tensor:
 
 def _recurrence(side: Any, tokens: Any, state: Any, ids: Any, options: Any) -> Any:
     return side.linear_recurrence(tokens["a"], tokens["b"], state, ids, **options)
+
+
+def _elementwise(side: Any, tokens: Any, state: Any, ids: Any, options: Any) -> Any:
+    assert set(options) <= {"backend"}, "it is made of one recurrence, which chooses for itself"
+    return side.compat(tokens["u"], tokens["v"], tokens["decay"], state, ids)
+
+
+def _operator(side: Any, tokens: Any, state: Any, ids: Any, options: Any) -> Any:
+    return side.operator(tokens["x"], tokens["u"], tokens["v"], tokens["decay"], state, ids, **options)
+
+
+def _memory(side: Any, tokens: Any, state: Any, ids: Any, options: Any) -> Any:
+    given = (tokens[name] for name in ("q", "k", "v", "decay", "eta"))
+    return side.hebbian(*given, state, ids, **options)
 
 
 def _resolvent(side: Any, tokens: Any, state: Any, ids: Any, options: Any) -> Any:
@@ -109,6 +134,30 @@ def _chain(generator: np.random.Generator, length: int) -> dict[str, np.ndarray]
     }
 
 
+def _ranks(generator: np.random.Generator, length: int) -> dict[str, np.ndarray]:
+    """Draw values of three channels, and writes and reads of rank four, of which some are closed."""
+    u, v = (generator.standard_normal((length, 4)) * (generator.random((length, 4)) > 0.2) for _ in range(2))
+    return {"x": generator.standard_normal((length, 3)), "u": u, "v": v, "decay": _decays(generator, length, 4)}
+
+
+def _heads(generator: np.random.Generator, length: int) -> dict[str, np.ndarray]:
+    """Draw queries, keys and values of two heads, rates of forgetting and write strengths."""
+    q, k = (generator.standard_normal((length, 2, 4)) for _ in range(2))
+    return {
+        "q": q,
+        "k": k,
+        "v": generator.standard_normal((length, 2, 3)),
+        "decay": generator.choice([0.0, 1e-3, 0.1, 2.0], (length, 2)),
+        "eta": generator.uniform(0.1, 1.0, (length, 2)),
+    }
+
+
+def _memory_mixer(name: str, *paths: str, **options: Any) -> Mixer:
+    values = ("q", "k", "v")
+    chunk = None if "rule" in options else 64
+    return Mixer(f"hebbian {name}", _memory, hebbian_definition, hebbian, _heads, values, paths, chunk, options)
+
+
 MIXERS: tuple[Mixer, ...] = (
     Mixer(
         "linear_recurrence",
@@ -135,6 +184,28 @@ MIXERS: tuple[Mixer, ...] = (
         tridiagonal,
         _chain,
         ("diagonal",),
-        ("eager", "blocked"),
+        ("eager", "blocked", "triton"),
     ),
+    Mixer(
+        "semiseparable elementwise",
+        _elementwise,
+        semiseparable_definition,
+        semiseparable,
+        _ranks,
+        ("u", "v"),
+        ("auto",),
+    ),
+    Mixer(
+        "semiseparable operator",
+        _operator,
+        semiseparable_definition,
+        semiseparable,
+        _ranks,
+        ("x", "u", "v"),
+        ("eager", "chunked"),
+        64,
+    ),
+    _memory_mixer("euler", "eager", "chunked", "triton"),
+    _memory_mixer("held", "eager", "chunked", discretization="zoh", key_norm="none"),
+    _memory_mixer("delta", "eager", "chunked", rule="delta"),
 )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from so8t_torch.core.errors import DomainError
+from so8t_torch.core.errors import ConfigError, DomainError
 from so8t_torch.ops import physics
 
 
@@ -284,3 +284,27 @@ def test_nan_stays_nan():
 def test_tensors_on_two_devices_are_refused():
     with pytest.raises(DomainError, match="move one of them"):
         physics.discrete_gradient(torch.ones(3), torch.ones(3, device="meta"), torch.ones(()))
+
+
+def test_time_runs_forwards_between_layers():
+    energies, gradients, ones = torch.ones(3, 2), torch.ones(2, 2, 4), torch.ones(4)
+    for step in (-0.1, 0.0, math.inf, math.nan):
+        for call in (
+            lambda h: physics.energy_balance(energies, gradients, ones, step=h),
+            lambda h: physics.hamiltonian_residual(torch.ones(3, 4), torch.ones(3, 4), ones, step=h),
+            lambda h: physics.lyapunov_hinge(energies, rate=math.copysign(0.1, h), step=h),
+        ):
+            with pytest.raises(ConfigError, match="step > 0"):
+                call(step)
+
+
+def test_an_infinite_eps_would_make_every_penalty_zero():
+    with pytest.raises(ConfigError, match="finite eps"):
+        physics.energy_drift(drawn(3, 2), eps=math.inf)
+
+
+def test_states_that_have_no_tangent_are_refused():
+    probe = drawn(2, 3, 4)
+    for x in (torch.ones(2, 3, 4, dtype=torch.int64), probe + 0j):
+        with pytest.raises(DomainError, match="real floating-point"):
+            physics.symplectic_defect(lambda state: state, x, probe, probe)

@@ -8,7 +8,7 @@ import scipy.integrate
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from so8t_torch.core.errors import BackendError
+from so8t_torch.core.errors import BackendError, ConfigError
 from so8t_torch.ops import physics
 
 
@@ -146,3 +146,8 @@ def test_autocast_changes_no_bit(backend):
         inside = value()
     plain, mixed = ((v, *torch.autograd.grad(v, x)) for v in (value(), inside))
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
+def test_half_a_step_is_not_taken():
+    with pytest.raises(ConfigError, match="whole number of steps"):
+        physics.leapfrog(drawn(6), *hamiltonian(), step=0.1, steps=2.5)

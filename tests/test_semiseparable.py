@@ -77,6 +77,18 @@ def test_an_input_that_is_not_a_number_stays_in_its_column_and_means_what_it_mea
         assert torch.allclose(ours[ours.isfinite()], theirs[theirs.isfinite()], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_decay_that_is_not_a_number_reaches_closed_channels_too(rank):
+    x, u, v, a, s = example(rank=rank)
+    u[:, 10:] = v[:, 10:] = 0.0
+    a[0, 30, -1] = math.nan
+    found, state = operator(x, u, v, a, s, chunk=8)
+    wanted, last = by_loop(x, u, v, a, s)
+    for ours, theirs in ((found, wanted), (state, last)):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_segment_is_that_segment_alone_whatever_precedes_it(backend, which):

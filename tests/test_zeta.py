@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from so8t_torch.core.errors import ConfigError, DataError
+from so8t_torch.core.errors import ConfigError, DataError, DomainError
 from so8t_torch.ops import zeta
 
 # A. Odlyzko's table of zeros
@@ -124,8 +124,23 @@ def test_rescaling_the_noise_column_by_column_changes_nothing():
     assert torch.allclose(zeta.linear_init(*noise), zeta.linear_init(*scaled), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("n", [0, -3, 1.0, "4"])
+@pytest.mark.parametrize("n", [0, -3, 1.0, "4", True])
 def test_a_count_is_a_whole_number(n):
     for function in (zeta.zeros, zeta.unfolded, zeta.basis, zeta.frequencies, zeta.singular_values):
         with pytest.raises(ConfigError, match="whole number"):
             function(n)
+
+
+def test_a_default_device_changes_nothing_that_is_found_on_the_host():
+    noise = [torch.from_numpy(np.random.default_rng(s).standard_normal((4, 4))) for s in (0, 1)]
+    text = table_text()
+    counted = [lambda: zeta.zeros(1030), lambda: zeta.basis(7), lambda: zeta.frequencies(3)]
+    for call in (*counted, lambda: zeta._read_table(text), lambda: zeta.linear_init(*noise)):
+        with torch.device("meta"):
+            found = call()
+        assert torch.equal(found, call())
+
+
+def test_noise_without_data_is_refused():
+    with pytest.raises(DomainError, match="meta device"):
+        zeta.linear_init(torch.ones(3, 3, device="meta"), torch.ones(3, 3, device="meta"))

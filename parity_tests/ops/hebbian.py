@@ -13,7 +13,7 @@ from so8t_jax.ops import hebbian as reference
 from so8t_torch.core.errors import BackendError, ConfigError, DomainError, ShapeError
 from so8t_torch.ops import hebbian as production
 
-SIZES: tuple[Size, ...] = ({"T": 4, "H": 2, "K": 3, "V": 2}, {"T": 70, "H": 2, "K": 5, "V": 3})
+SIZES: tuple[Size, ...] = ({"T": 4, "H": 2, "K": 3, "V": 2}, {"T": 66, "H": 2, "K": 5, "V": 3})
 FEW: tuple[Size, ...] = (SIZES[0], {"T": 9, "H": 2, "K": 4, "V": 3})
 SHORT: tuple[Size, ...] = ({"T": 1, "H": 1, "K": 2, "V": 1},)
 WRT = (0, 1, 2, 3, 4, 5)

@@ -219,7 +219,12 @@ PAIRS: tuple[OpPair, ...] = (
         carry=Carry(lambda e: cut(e, (0, 1, 2, 3, 5), 4), joined),
     ),
     operator_pair(
-        ":shared_decay", {"shared": shared_decay}, wrt=(0, 1, 2, 3), shared=(3,), dtypes=("float64", "float32")
+        ":shared_decay",
+        {"shared": shared_decay},
+        wrt=(0, 1, 2, 3),
+        shared=(3,),
+        dtypes=("float64", "float32"),
+        twice=False,
     ),
     OpPair(
         name="semiseparable.compat",

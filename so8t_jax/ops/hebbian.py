@@ -226,9 +226,7 @@ def _prepared(
     return keys, jnp.exp(-rate), strength * _held(rate) if discretization == "zoh" else strength
 
 
-def _written(
-    state: Array, key: Array, value: Array, a: Array, strength: Array, *, rule: Rule
-) -> tuple[Array, Array]:
+def _written(state: Array, key: Array, value: Array, a: Array, strength: Array, *, rule: Rule) -> tuple[Array, Array]:
     """Return the state after one token, and what was written."""
     kept = a[:, None, None] * state
     if rule == "delta":

@@ -46,7 +46,8 @@ class HamiltonianBlock(nn.Module):
         adjoint: ``"stored"`` (autograd keeps every step), or ``"reversible"`` (the steps are run backwards).
         reconstruction_tolerance: with ``"reversible"``, the relative error in max norm of the recovered first state at
             which a forward pass that needs gradients warns and stores its steps after all. Reading it waits for a
-            device, and costs n steps more.
+            device, breaks the graph of ``torch.compile``, and costs n steps more. Under forward-mode differentiation
+            and ``vmap``, where it cannot be read, the steps are stored.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -73,16 +74,17 @@ class HamiltonianBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         features = d_model if features is None else features
-        if d_model < 2 or d_model % 2 or features < 1 or steps < 1:
+        whole = all(isinstance(n, int) for n in (d_model, features, steps))
+        if not whole or d_model < 2 or d_model % 2 or features < 1 or steps < 1:
             raise ConfigError(
-                "HamiltonianBlock: expected an even d_model ≥ 2, features ≥ 1 and steps ≥ 1, "
-                f"got {d_model}, {features} and {steps}."
+                "HamiltonianBlock: expected whole numbers, an even d_model ≥ 2, features ≥ 1 and steps ≥ 1, "
+                f"got {d_model!r}, {features!r} and {steps!r}."
             )
-        if not (math.isfinite(step) and step != 0 and 0 <= damping < math.inf):
+        if not (0 < abs(step) < math.inf and 0 <= damping < math.inf):
             raise ConfigError(f"HamiltonianBlock: expected step ≠ 0 and damping ≥ 0, got {step!r} and {damping!r}.")
-        if not (kappa > 0 and mass_floor > 0 and reconstruction_tolerance > 0):
+        if not (0 < kappa < math.inf and 0 < mass_floor < math.inf and reconstruction_tolerance > 0):
             raise ConfigError(
-                "HamiltonianBlock: expected kappa, mass_floor and reconstruction_tolerance > 0, "
+                "HamiltonianBlock: expected finite kappa and mass_floor > 0 and reconstruction_tolerance > 0, "
                 f"got {kappa!r}, {mass_floor!r} and {reconstruction_tolerance!r}."
             )
         if adjoint not in ("stored", "reversible"):
@@ -96,13 +98,20 @@ class HamiltonianBlock(nn.Module):
         self.raw_scales = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
         raw_mass = torch.empty(half, device=device, dtype=dtype) if learn_mass else None
         self.raw_mass = nn.Parameter(raw_mass) if raw_mass is not None else None
-        self.register_buffer("kappa", torch.tensor(float(kappa), device=device, dtype=dtype))
+        self.stiffness = float(kappa)
+        self.register_buffer("kappa", torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw w with unit variance of w·q for unit q, and set b = 0, s = 1/M, masses 1 + mass_floor."""
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw w with unit variance of w·q for unit q, and set b = 0, s = 1/M, masses 1 + mass_floor, and κ.
+
+        Args:
+            generator: of the device of the parameters; by default the global one.
+        """
         features, half = self.weights.shape
-        nn.init.normal_(self.weights, std=1 / math.sqrt(half))
+        self.kappa.fill_(self.stiffness)
+        nn.init.normal_(self.weights, std=1 / math.sqrt(half), generator=generator)
         nn.init.zeros_(self.biases)
         nn.init.constant_(self.raw_scales, _inverse_softplus(1 / features))
         if self.raw_mass is not None:
@@ -120,7 +129,7 @@ class HamiltonianBlock(nn.Module):
         """
         self._check(x)
         parameters = self.hamiltonian()
-        if self.adjoint == "reversible" and self._needs_gradient(x, *parameters):
+        if self.adjoint == "reversible" and self._needs_gradient(x, *parameters) and reversible.plain(x, *parameters):
             y, error = self._run_reversibly(x, parameters)
             if error <= self.reconstruction_tolerance:
                 return y
@@ -143,11 +152,12 @@ class HamiltonianBlock(nn.Module):
 
     def hamiltonian(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the parameters of H as the room ``physics`` takes them: 1/M, κ, s, w, b."""
+        wide = accumulation_dtype(self.weights.dtype)
         if self.raw_mass is None:
-            inverse_mass = torch.ones_like(self.weights[0])
+            inverse_mass = torch.ones_like(self.weights[0], dtype=wide)
         else:
-            inverse_mass = 1 / (softplus(self.raw_mass) + self.mass_floor)
-        return inverse_mass, self.kappa, softplus(self.raw_scales), self.weights, self.biases
+            inverse_mass = 1 / (softplus(self.raw_mass.to(wide)) + self.mass_floor)
+        return inverse_mass, self.kappa, softplus(self.raw_scales.to(wide)), self.weights, self.biases
 
     def extra_repr(self) -> str:
         """Return the width and what decides the flow."""

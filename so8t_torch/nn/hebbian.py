@@ -129,7 +129,7 @@ class DissipativeHebbianLayer(nn.Module):
             if self.gamma_proj is not None:
                 nn.init.normal_(self.gamma_proj.weight, std=0.1 * self.d_model**-0.5)
                 rates = [_softplus_inverse(rate - self.base_decay) for rate in self._initial_rates()]
-                self.gamma_proj.bias.copy_(torch.tensor(rates))
+                self.gamma_proj.bias.copy_(torch.tensor(rates, dtype=torch.float64))
             if self.eta_proj is not None:
                 nn.init.normal_(self.eta_proj.weight, std=0.1 * self.d_model**-0.5)
                 self.eta_proj.bias.zero_()

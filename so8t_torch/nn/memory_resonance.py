@@ -57,8 +57,17 @@ class ZetaBasisTransform(nn.Module):
         super().__init__()
         self.key_dim, self.value_dim = key_dim, key_dim if value_dim is None else value_dim
         wide = accumulation_dtype(dtype or torch.get_default_dtype())
-        self.register_buffer("key_basis", resonance.basis(self.key_dim).to(device, wide))
-        self.register_buffer("value_basis", resonance.basis(self.value_dim).to(device, wide))
+        for name, size in (("key_basis", self.key_dim), ("value_basis", self.value_dim)):
+            if not isinstance(size, int) or size < 1:
+                raise ConfigError(f"ZetaBasisTransform: expected a whole number {name[:-6]}_dim ≥ 1, got {size!r}.")
+            self.register_buffer(name, torch.empty(size, size, device=device, dtype=wide))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the bases, which a module that was built without data does not have."""
+        self.key_basis.copy_(resonance.basis(self.key_dim))
+        self.value_basis.copy_(resonance.basis(self.value_dim))
 
     def forward(self, state: Float[Tensor, "*batch h k v"]) -> Float[Tensor, "*batch h k v"]:
         """Return S′ = Q_kᵀ S Q_v."""
@@ -123,7 +132,12 @@ class MemoryResonanceLayer(nn.Module):
         self.num_heads, self.energy_threshold, self.temperature = num_heads, energy_threshold, temperature
         self.energy, self.hard = energy, hard
         self.transform = ZetaBasisTransform(head_dim, value_dim, device=device, dtype=dtype)
+        self.gate_init = gate_init
         self.resonance_gate = nn.Parameter(torch.full((num_heads,), gate_init, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Set the gates back to their start; ``transform`` resets its own bases."""
+        nn.init.constant_(self.resonance_gate, self.gate_init)
 
     def forward(self, state: Float[Tensor, "*batch h k v"]) -> tuple[Float[Tensor, "*batch h k v"], dict[str, Tensor]]:
         """Return the filtered states and what was found.

@@ -55,22 +55,25 @@ class ZetaEmbedding(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if max_len < 1 or d_model < 1:
-            raise ConfigError(f"ZetaEmbedding: expected max_len and d_model ≥ 1, got {max_len} and {d_model}.")
+        if not (isinstance(max_len, int) and isinstance(d_model, int) and max_len >= 1 and d_model >= 1):
+            raise ConfigError(
+                f"ZetaEmbedding: expected whole numbers max_len and d_model ≥ 1, got {max_len!r} and {d_model!r}."
+            )
         if not 0.0 < scale < math.inf:
             raise ConfigError(f"ZetaEmbedding: expected a scale > 0, got {scale!r}.")
         zeta.frequencies(1, omega_max=omega_max, power=power, mode=mode)
         super().__init__()
         self.max_len, self.d_model, self.scale = max_len, d_model, scale
         self.omega_max, self.power, self.mode = omega_max, power, mode
-        self.register_buffer("amplitude", torch.tensor(scale, device=device, dtype=dtype))
+        self.register_buffer("amplitude", torch.empty((), device=device, dtype=dtype))
         rows = torch.empty(max_len, d_model, device=device, dtype=dtype) if trainable else None
         self.weight = None if rows is None else nn.Parameter(rows)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the trained rows back to the formula."""
+        """Set the amplitude, and the trained rows back to the formula."""
+        self.amplitude.fill_(self.scale)
         if self.weight is not None:
             self.weight.copy_(self.formula(torch.arange(self.max_len, device=self.weight.device)))
 

@@ -66,9 +66,10 @@ class ZetaInitializer:
             rng: as in ``zeta_linear_init``.
 
         Raises:
-            ConfigError: as ``zeta_linear_init``, or the weight is not an ordinary floating-point matrix.
+            ConfigError: as ``zeta_linear_init``, or the weight is not an ordinary floating-point matrix with data.
         """
         weight = linear.weight
+        _expect_writable("initialize_linear_zeta", weight)
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ConfigError(
                 f"initialize_linear_zeta: expected a floating-point matrix, got {weight.dtype} {tuple(weight.shape)}; "
@@ -89,12 +90,13 @@ class ZetaInitializer:
             **options: omega_max, power and mode of ``zeta.frequencies``.
 
         Raises:
-            ConfigError: an option is out of range.
+            ConfigError: an option is out of range, or the weight is not an ordinary parameter with data.
         """
+        _expect_writable("initialize_embedding_zeta", embedding.weight)
         if not 0.0 < scale < math.inf:
             raise ConfigError(f"initialize_embedding_zeta: expected a scale > 0, got {scale!r}.")
         rows, width = embedding.weight.shape
-        positions = torch.arange(rows, dtype=torch.float64)
+        positions = torch.arange(rows, dtype=torch.float64, device=zeta.HOST)
         embedding.weight.copy_(zeta.embedding(positions, width, scale=scale, **options))
         if embedding.padding_idx is not None:
             embedding.weight[embedding.padding_idx].zero_()
@@ -133,7 +135,8 @@ def apply_zeta_initialization(
         What was written. A head that shares the table of an embedding keeps it and is listed as tied.
 
     Raises:
-        ConfigError: a name in ``positions`` is no embedding, or as ``zeta_linear_init``.
+        ConfigError: a name in ``positions`` is no embedding, a weight is computed from others or has no data, or as
+            ``zeta_linear_init``.
     """
     rng = np.random.default_rng(seed)
     modules = dict(model.named_modules())
@@ -192,6 +195,15 @@ def get_zeta_statistics(n: int = 100) -> dict[str, Any]:
 @torch.no_grad()
 def _draw_tokens(table: nn.Embedding, rng: np.random.Generator) -> None:
     """Draw the rows of a token embedding; a padding row becomes zero."""
+    _expect_writable("apply_zeta_initialization", table.weight)
     table.weight.copy_(torch.from_numpy(rng.standard_normal(tuple(table.weight.shape)) * TOKEN_STD))
     if table.padding_idx is not None:
         table.weight[table.padding_idx].zero_()
+
+
+def _expect_writable(function: str, weight: Tensor) -> None:
+    """Raise unless what is written to a weight stays there: a parametrised one is computed anew, meta has no data."""
+    if not isinstance(weight, nn.Parameter):
+        raise ConfigError(f"{function}: expected a parameter, got a weight that is computed; remove parametrizations.")
+    if weight.is_meta:
+        raise ConfigError(f"{function}: expected a weight with data, got it on the meta device; call to_empty first.")

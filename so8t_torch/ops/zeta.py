@@ -33,6 +33,9 @@ CHECKSUM = "861847566984d53b25a1acfc6779004f2540244f9a644e0ccb26f6cc0b3bf51c"
 NEWTON_STEPS = 7
 """Convex, started left of the root: from n = 1025 on the steps from the third are below one eps."""
 
+HOST = torch.device("cpu")
+"""Named wherever a tensor is made: a model may be built under another default device, such as meta."""
+
 Mode = Literal["scaled", "inverse", "direct"]
 Norm = Literal["frobenius", "spectral"]
 
@@ -46,7 +49,7 @@ def _read_table(text: str) -> Tensor:
             f"zeta_zeros.csv: expected {CHECKSUM[:16]}… as checksum of the zeros, got {found[:16]}… over "
             f"{len(numbers)} numbers; install the package again."
         )
-    return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    return torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=HOST)
 
 
 _TABLE = _read_table(files("so8t_torch.ops").joinpath("zeta_zeros.csv").read_text(encoding="ascii"))
@@ -71,7 +74,7 @@ def zeros(n: int) -> Float[Tensor, " n"]:
     _expect_count(n, "zeros")
     if n <= len(_TABLE):
         return _TABLE[:n].clone()
-    y = torch.arange(len(_TABLE) + 1, n + 1, dtype=torch.float64) - 11.0 / 8.0
+    y = torch.arange(len(_TABLE) + 1, n + 1, dtype=torch.float64, device=HOST) - 11.0 / 8.0
     u = y / y.log()
     for _ in range(NEWTON_STEPS):
         u = (u + y) / u.log()
@@ -109,10 +112,10 @@ def basis(n: int) -> Float[Tensor, "n n"]:
         ConfigError: n is below 1.
     """
     _expect_count(n, "basis")
-    columns = torch.ones(n, n, dtype=torch.float64)
+    columns = torch.ones(n, n, dtype=torch.float64, device=HOST)
     if n > 1:
         x = unfolded(n // 2)
-        t = torch.arange(n, dtype=torch.float64) - (n - 1) / 2.0
+        t = torch.arange(n, dtype=torch.float64, device=HOST) - (n - 1) / 2.0
         angle = torch.outer(t, math.pi / (x[-1] + 0.5) * x)
         columns[:, 0 : n - n % 2 : 2] = angle.cos()
         columns[:, 1 : n - n % 2 : 2] = angle.sin()
@@ -226,7 +229,7 @@ def linear_init(
 
     Raises:
         ShapeError: the two do not have min(m, n) columns each.
-        DomainError: the noise is not of a real floating dtype.
+        DomainError: the noise is not of a real floating dtype, or on the meta device.
         ConfigError: the mode is unknown, or the gain is not positive.
 
     Numerics: QR in float64 on the host whatever the device, rounded once.
@@ -244,7 +247,7 @@ def linear_init(
 
 def _orthonormal(noise: Tensor) -> Tensor:
     """Return the factor Q (..., m, r) of noise = QR with R_jj > 0, in float64 on the host."""
-    q, r = torch.linalg.qr(noise.detach().to("cpu", torch.float64))
+    q, r = torch.linalg.qr(noise.detach().to(HOST, torch.float64))
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
 
 
@@ -265,9 +268,11 @@ def _expect_noise(left: Tensor, right: Tensor) -> None:
         raise DomainError(
             f"zeta.linear_init: expected noise of one real floating dtype, got {left.dtype} and {right.dtype}."
         )
+    if left.is_meta or right.is_meta:
+        raise DomainError("zeta.linear_init: expected noise with data, got it on the meta device; draw it on the host.")
 
 
 def _expect_count(n: Any, function: str, name: str = "n") -> None:
     """Raise unless n is a whole number of at least 1."""
-    if not isinstance(n, (int, torch.SymInt)) or n < 1:
+    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"zeta.{function}: expected a whole number {name} ≥ 1, got {n!r}.")

@@ -165,7 +165,10 @@ def test_no_tokens_are_no_problem():
         (6, {"features": 0}),
         (6, {"steps": 0}),
         (6, {"step": 0.0}),
+        (6, {"steps": 2.5}),
+        (6.0, {}),
         (6, {"step": math.inf}),
+        (6, {"kappa": math.inf}),
         (6, {"damping": -0.1}),
         (6, {"kappa": 0.0}),
         (6, {"mass_floor": 0.0}),
@@ -185,3 +188,55 @@ def test_a_wrong_state_is_refused():
             call(drawn(3, 8))
     with pytest.raises(DomainError, match="real floating-point"):
         layer(torch.ones(3, 6, dtype=torch.int64))
+
+
+def test_a_module_built_without_data_is_whole_after_a_reset():
+    with torch.device("meta"):
+        layer = HamiltonianBlock(6, kappa=0.7, learn_mass=True, dtype=torch.float64)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    layer = layer.to_empty(device="cpu")
+    for tensor in layer.state_dict().values():
+        tensor.fill_(math.nan)
+    layer.reset_parameters(torch.Generator().manual_seed(3))
+    twin = HamiltonianBlock(6, kappa=0.7, learn_mass=True, dtype=torch.float64)
+    twin.reset_parameters(torch.Generator().manual_seed(3))
+    assert layer.kappa == 0.7
+    assert torch.equal(layer(drawn(2, 6)), twin(drawn(2, 6)))
+    state = torch.random.get_rng_state()
+    twin.reset_parameters(torch.Generator().manual_seed(4))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_half_precision_parameters_are_widened_before_anything_is_computed_from_them():
+    layer = block(dtype=torch.bfloat16, steps=4, learn_mass=True)
+    wide = block(learn_mass=True, steps=4)
+    with torch.no_grad():
+        layer.raw_scales.normal_(generator=torch.Generator().manual_seed(1))
+        layer.raw_mass.normal_(generator=torch.Generator().manual_seed(2))
+    wide.load_state_dict(layer.state_dict())
+    x = drawn(5, 6, dtype=torch.float32)
+    assert torch.allclose(layer(x).double(), wide(x.double()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_reversible_layer_passes_a_tangent_and_runs_under_vmap():
+    stored, layer = (block(steps=3, adjoint=adjoint) for adjoint in ("stored", "reversible"))
+    x, u, w = (drawn(3, 2, 6, seed=seed) for seed in range(3))
+    value, monitors = physics.symplectic_defect(layer, x, u, w, step=0.3)
+    assert value < 1e-12
+    ahead, behind = (stored(x + sign * 1e-5 * u) for sign in (1, -1))
+    slope = (ahead - behind).detach() / 2e-5
+    assert torch.allclose(torch.func.jvp(layer, (x,), (u,))[1], slope, rtol=1e-7, atol=1e-8)
+    stretch = (slope.square().sum((-2, -1)) / u.square().sum((-2, -1))).mean()
+    assert torch.isclose(monitors["stretch"], stretch, rtol=1e-7)
+    rows = torch.func.vmap(torch.func.grad(lambda state: layer(state).square().sum()))(x)
+    moved = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(stored(moved).square().sum(), moved)
+    assert torch.allclose(rows, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_dynamic_sizes_compile_into_one_graph():
+    layer = block(steps=2, damping=0.1)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (3, 5):
+        assert torch.allclose(compiled(drawn(tokens, 6)), layer(drawn(tokens, 6)), rtol=1e-14, atol=1e-14)

@@ -6,7 +6,7 @@ import torch
 from so8t_torch.core.errors import ConfigError, ShapeError
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer, ZetaBasisTransform
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
-from so8t_torch.ops import resonance
+from so8t_torch.ops import resonance, zeta
 
 
 def drawn(*shape, seed=0, dtype=torch.float32):
@@ -131,7 +131,7 @@ def test_every_option_changes_something():
 def test_bad_arguments_are_refused():
     with pytest.raises(ConfigError, match="num_heads ≥ 1"):
         MemoryResonanceLayer(8, 0)
-    with pytest.raises(ConfigError, match="whole number n ≥ 1"):
+    with pytest.raises(ConfigError, match="whole number key_dim ≥ 1"):
         MemoryResonanceLayer(0, 2)
     with pytest.raises(ShapeError, match="one blend per head"):
         MemoryResonanceLayer(8, 2)(torch.zeros(1, 3, 8, 8))
@@ -141,3 +141,18 @@ def test_it_compiles_into_one_graph():
     layer, state = MemoryResonanceLayer(8, 2), drawn(1, 2, 8, 8)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(state)[0], layer(state)[0], atol=1e-6)
+
+
+def test_a_module_built_without_data_is_whole_after_a_reset():
+    with torch.device("meta"):
+        layer = MemoryResonanceLayer(6, 3, value_dim=5, gate_init=0.5, dtype=torch.float64)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    layer = layer.to_empty(device="cpu")
+    for tensor in layer.state_dict().values():
+        tensor.fill_(torch.nan)
+    for module in layer.modules():
+        module.reset_parameters()
+    for found, size in ((layer.transform.key_basis, 6), (layer.transform.value_basis, 5)):
+        left, _, right = torch.linalg.svd(zeta.basis(size))
+        assert torch.allclose(found, left @ right, rtol=0, atol=1e-13)
+    assert torch.equal(layer.resonance_gate.detach(), torch.full((3,), 0.5, dtype=torch.float64))

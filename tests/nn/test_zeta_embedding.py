@@ -78,7 +78,16 @@ def test_the_size_of_rows_is_that_of_tokens():
 
 
 def test_bad_arguments_are_refused():
-    for options in ({"max_len": 0}, {"d_model": 0}, {"scale": 0.0}, {"power": -1.0}, {"omega_max": 3.0}, {"mode": "x"}):
+    for options in (
+        {"max_len": 0},
+        {"max_len": 2.5},
+        {"d_model": 4.0},
+        {"d_model": 0},
+        {"scale": 0.0},
+        {"power": -1.0},
+        {"omega_max": 3.0},
+        {"mode": "x"},
+    ):
         with pytest.raises(ConfigError):
             ZetaEmbedding(**{"max_len": 4, "d_model": 4, **options})
     with pytest.raises(DomainError, match="integer positions"):
@@ -90,3 +99,14 @@ def test_it_compiles_into_one_graph():
     positions = torch.arange(9)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(positions), layer(positions))
+
+
+def test_a_module_built_without_data_is_whole_after_a_reset():
+    with torch.device("meta"):
+        layer = ZetaEmbedding(6, 8, trainable=True, scale=0.5, dtype=torch.float64)
+    layer = layer.to_empty(device="cpu")
+    for tensor in layer.state_dict().values():
+        tensor.fill_(math.nan)
+    layer.reset_parameters()
+    positions = torch.tensor([0, 5, 9])
+    assert torch.allclose(layer(positions), by_hand(positions.tolist(), 8, 0.5), rtol=0, atol=1e-13)

@@ -103,3 +103,14 @@ def test_bad_arguments_are_refused():
     quantised.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ConfigError, match="before quantising"):
         ZetaInitializer.initialize_linear_zeta(quantised, rng=rng)
+
+
+def test_a_weight_that_would_not_keep_what_is_written_is_refused():
+    computed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 4))
+    with pytest.raises(ConfigError, match="remove parametrizations"):
+        apply_zeta_initialization(nn.Sequential(computed))
+    for layer in (nn.Linear(5, 4, device="meta"), nn.Embedding(5, 4, device="meta")):
+        with pytest.raises(ConfigError, match="to_empty first"):
+            apply_zeta_initialization(nn.Sequential(layer))
+    with pytest.raises(ConfigError, match="to_empty first"):
+        ZetaInitializer.initialize_embedding_zeta(nn.Embedding(5, 4, device="meta"))

@@ -84,7 +84,9 @@ def hebbian(
     keys, strength = given.k, given.eta
     if key_norm == "l2":
         keys, strength = _normalised(keys, strength, rule)
-    chosen = choose("hebbian", backend, _candidates(rule, q, k, v, decay, eta, *(() if initial is None else (initial,))))
+    chosen = choose(
+        "hebbian", backend, _candidates(rule, q, k, v, decay, eta, *(() if initial is None else (initial,)))
+    )
     flat = given.rows(q), keys, given.v, given.log_decay, strength, given.initial, given.restart, rule == "delta"
     with torch.autocast(v.device.type, enabled=False):
         if chosen == "eager":

@@ -1,5 +1,7 @@
 """What the functions of fast weights take: checked, brought to one shape, and prepared for the recurrence.
 
+Rates and strengths as they act:
+
     g_t = −Γ_t, and 0 where the state is dropped        η_t ↦ η_t (1 − e^{−Γ_t})/Γ_t  (zoh)        k_t ↦ k_t/|k_t|  (l2)
 """
 

@@ -12,7 +12,7 @@ out by zero, which says NaN where that is not finite: such a chunk is put right 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,15 +47,11 @@ class Part(NamedTuple):
     eta: Tensor
 
 
-Chunk = Callable[[Part, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
-"""What a chunk reads and leaves, as a function of it, the state that enters, restarts, and the rule."""
-
-
 class Weights(NamedTuple):
     """Decays between the tokens of a chunk.
 
     Attributes:
-        pair: D (n, h, c, c).
+        pair: Dᵀ (n, h, c, c), the earlier token first, as sums and products with it run fastest.
         enter: e (n, h, c, 1), the decay of what entered the chunk.
         dropped: where a segment began at or before the token (n, 1, c, 1), or nothing.
     """
@@ -76,7 +72,7 @@ class Weights(NamedTuple):
 
     def leave(self) -> Tensor:
         """Return the decay of each token's write behind the chunk (n, h, c, 1)."""
-        return self.pair[..., -1, :, None]
+        return self.pair[..., -1:]
 
 
 def recurrence(
@@ -95,9 +91,7 @@ def recurrence(
     rows = []
     tokens = zip(*(x.to(kind).unbind(1) for x in (q, k, v, log_decay, eta)), strict=True)
     for t, token in enumerate(tokens):
-        if restart is not None:
-            state = torch.where(restart[:, t, None, None, None], 0.0, state)
-        y, state, _ = advance(state, *token, delta)
+        y, state, _ = advance(_dropped(state, restart, t), *token, delta)
         rows.append(y)
     return torch.stack(rows, 1).to(v.dtype), state.to(v.dtype if initial is None else initial.dtype)
 
@@ -172,8 +166,8 @@ def read_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -
     """Return what a chunk reads (n, h, c, v), and the state that leaves it, by differentiable operations."""
     weights = decays(part.log_decay, restart)
     written = part.eta[..., None] * (innovations(part, state, weights) if delta else part.v)
-    scores = (part.q @ part.k.mT) * weights.pair
-    y = scores @ written + weights.of_state(part.q @ state)
+    scores = (part.k @ part.q.mT).mul_(weights.pair)
+    y = (scores.mT @ written).add_(weights.of_state(part.q @ state))
     return y, weights.through(state) + (part.k * weights.leave()).mT @ written
 
 
@@ -181,28 +175,28 @@ def decays(log_decay: Tensor, restart: Tensor | None) -> Weights:
     """Return the decays between the tokens of a chunk, from g (n, h, c) and where segments begin (n, c)."""
     size = log_decay.shape[-1]
     earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
-    kept = ~earlier.mT
-    # sums along the last axis, which runs over the later token of a pair
     logs = torch.where(earlier, log_decay[..., None, :], 0.0).cumsum(-1)
-    dropped = None
-    if restart is not None:
-        segment = restart.cumsum(-1)
-        kept = kept & (segment[:, None, :, None] == segment[:, None, None, :])
-        dropped = (segment > 0)[:, None, :, None]
-    pair = torch.where(kept, logs, -torch.inf).exp()
-    return Weights(pair.mT, log_decay.cumsum(-1).exp()[..., None], dropped)
+    pair = torch.where(_before(restart, size, log_decay.device), logs, -torch.inf).exp()
+    dropped = None if restart is None else (restart.cumsum(-1) > 0)[:, None, :, None]
+    return Weights(pair, log_decay.cumsum(-1).exp()[..., None], dropped)
+
+
+def _before(restart: Tensor | None, size: int, device: torch.device | None = None) -> Tensor:
+    """Return whether token s reaches token t ≥ s of a chunk, (…, s, t): both are in one segment."""
+    if restart is None:
+        return torch.ones(size, size, dtype=torch.bool, device=device).triu()
+    segment = restart.cumsum(-1)
+    return (segment[:, None, None, :] == segment[:, None, :, None]).triu()
 
 
 def innovations(part: Part, state: Tensor, weights: Weights) -> Tensor:
     """Return U of the delta rule: values less what the state reads under their keys when they arrive."""
-    overlap = ((part.k @ part.k.mT) * weights.pair).tril(-1) * part.eta[..., None, :]
+    overlap = ((part.k @ part.k.mT) * weights.pair).mT.tril(-1) * part.eta[..., None, :]
     target = part.v - weights.of_state(part.k @ state)
     return torch.linalg.solve_triangular(overlap, target, upper=False, unitriangular=True)
 
 
-def part_of(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, n: slice, t: slice
-) -> Part:
+def part_of(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, n: slice, t: slice) -> Part:
     """Return some tokens of some rows, in the dtype that is computed in."""
     kind = accumulation_dtype(v.dtype)
     given = (x[n, t].transpose(1, 2) for x in (q, k, v, log_decay, eta))
@@ -223,20 +217,27 @@ def chunks(length: int, delta: bool) -> list[slice]:
 
 
 def _finite_or_walked(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
-    """Return what a chunk reads and leaves; from the first token on that is not finite, the loop says it."""
+    """Return what a chunk reads and leaves; the loop says it where a number that is not finite reaches a token.
+
+    It reaches the tokens behind it, and from the state that enters the first ones, to the end of their segment.
+    """
     y, after = read_chunk(part, state, restart, delta)
     if bool((y.sum() + after.sum()).isfinite()):
         return y, after
     sound = part.log_decay.isfinite() & part.eta.isfinite()
     sound = sound & part.k.isfinite().all(-1) & part.v.isfinite().all(-1)
-    if bool(sound.all()):
+    entered = state.isfinite().all(-1).all(-1)
+    if bool(sound.all() & entered.all()):
         return y, after
     keys, values = (torch.where(sound[..., None], x, 0.0) for x in (part.k, part.v))
     rates, strengths = (torch.where(sound, x, 0.0) for x in (part.log_decay, part.eta))
-    y, after = read_chunk(Part(part.q, keys, values, rates, strengths), state, restart, delta)
+    known = torch.where(entered[..., None, None], state, 0.0)
+    y, after = read_chunk(Part(part.q, keys, values, rates, strengths), known, restart, delta)
     walked, left = _walk(part, state, restart, delta)
-    so_far = sound.cumprod(-1, dtype=torch.int8).bool()[..., None]
-    return torch.where(so_far, y, walked), torch.where(so_far[..., -1:, :], after, left)
+    reached = (~sound[..., None] & _before(restart, sound.shape[-1], sound.device)).any(-2)
+    first = restart.cumsum(-1)[:, None] == 0 if restart is not None else torch.ones_like(reached)
+    reached = (reached | (first & ~entered[..., None]))[..., None]
+    return torch.where(reached, walked, y), torch.where(reached[..., -1:, :], left, after)
 
 
 def _walk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
@@ -249,28 +250,16 @@ def _pulled(
     part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
 ) -> list[Tensor]:
     """Return the gradients of a chunk and of the state that enters it, finite where the loop's are."""
-    if delta:
-        found = _differentiated(read_chunk, part, state, restart, grad, passed, delta)
-    else:
-        found = _adjoint(part, state, restart, grad, passed)
-    if bool(sum(x.sum() for x in found).isfinite()):  # type: ignore[union-attr]
+    found = _adjoint(part, state, restart, grad, passed, delta)
+    if bool(torch.stack([x.sum() for x in found]).sum().isfinite()):
         return found
-    return _differentiated(_walk, part, state, restart, grad, passed, delta)
+    return _walk_back(part, state, restart, grad, passed, delta)
 
 
-def _differentiated(
-    function: Chunk, part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
+def _adjoint(
+    part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
 ) -> list[Tensor]:
-    """Return the gradients of a chunk by automatic differentiation, which inside of an operator only functorch does."""
-
-    def of_inputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return function(Part(*inputs[:-1]), inputs[-1], restart, delta)
-
-    return list(torch.func.vjp(of_inputs, *part, state)[1]((grad, passed)))
-
-
-def _adjoint(part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor) -> list[Tensor]:
-    """Return the gradients of a chunk of the rule "hebb" for ``grad`` at y and ``passed`` at the state that leaves.
+    """Return the gradients of a chunk for ``grad`` at y and ``passed`` at the state that leaves.
 
     dQ = X K + e ∘ (Ȳ Sᵀ)    dK = Xᵀ Q + D_C ∘ (W S̄ᵀ)    dW = Pᵀ Ȳ + D_C ∘ (K S̄)    dS = e_C S̄ + (e ∘ Q)ᵀ Ȳ
     with P = (Q Kᵀ) ∘ D and X = (Ȳ Wᵀ) ∘ D; a rate stands between everything that crosses its token:
@@ -279,19 +268,77 @@ def _adjoint(part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, pa
     q, k, v, log_decay, eta = part
     weights = decays(log_decay, restart)
     leave, strength = weights.leave(), eta[..., None]
-    written = strength * v
-    inside = (q @ k.mT).mul_(weights.pair).mT @ grad
-    scores = (grad @ written.mT).mul_(weights.pair)
-    dq = (scores @ k).add_(weights.of_state(grad @ state.mT))
-    dk = (scores.mT @ q).add_(leave * (written @ passed.mT))
+    values = innovations(part, state, weights) if delta else v
+    written = strength * values
+    inside = (k @ q.mT).mul_(weights.pair) @ grad
+    scores = (written @ grad.mT).mul_(weights.pair)
+    dq = (scores.mT @ k).add_(weights.of_state(grad @ state.mT))
+    dk = (scores @ q).add_(leave * (written @ passed.mT))
     outside = leave * (k @ passed)
     beyond = (written * outside).sum(-1)
     crossing = (q * dq).sum(-1) - (written * inside).sum(-1)
     dwritten = inside.add_(outside)
+    dv, deta = strength * dwritten, (values * dwritten).sum(-1)
+    entered = weights.through(passed) + weights.of_state(q).mT @ grad
+    if delta:
+        dv, solved = _adjoint_of_innovations(part, state, weights, values, dv)
+        for total, more in zip((dk, deta, crossing, entered), solved, strict=True):
+            total.add_(more)
     kept = weights.through(state).mul_(passed).sum((-2, -1))[..., None]
     dlog_decay = kept + (beyond.cumsum(-1) - beyond) + crossing.flip(-1).cumsum(-1).flip(-1)
-    entered = weights.through(passed) + weights.of_state(q).mT @ grad
-    return [dq, dk, strength * dwritten, dlog_decay, (v * dwritten).sum(-1), entered]
+    return [dq, dk, dv, dlog_decay, deta, entered]
+
+
+def _adjoint_of_innovations(
+    part: Part, state: Tensor, weights: Weights, values: Tensor, grad: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return the gradient of V for ``grad`` at U, and what goes to K, η, the sums that cross a token, and S.
+
+    With O = tril(K Kᵀ ∘ D, −1) and M = O η:  dV = (1 + M)⁻ᵀ Ū    dM = −dV Uᵀ    dO = dM η    e ∘ (K S) gets −dV
+    """
+    k, eta = part.k, part.eta[..., None, :]
+    overlap = ((k @ k.mT) * weights.pair).mT.tril(-1)
+    dv = torch.linalg.solve_triangular((overlap * eta).mT, grad, upper=True, unitriangular=True)
+    dsystem = (dv @ values.mT).tril(-1).neg_()
+    shares = dsystem * overlap
+    pairs = (dsystem * eta) * weights.pair.mT
+    read = weights.of_state(k @ state)
+    dk = pairs @ k + pairs.mT @ k - weights.of_state(dv @ state.mT)
+    moved = shares * eta
+    crossing = moved.sum(-1) - moved.sum(-2) - (dv * read).sum(-1)
+    return dv, (dk, shares.sum(-2), crossing, -(weights.of_state(k).mT @ dv))
+
+
+def _walk_back(
+    part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
+) -> list[Tensor]:
+    """Return the gradients of a chunk as the loop has them, token by token from the last."""
+    tokens = list(zip(*(x.unbind(2) for x in part), strict=True))
+    entering = []
+    for t, token in enumerate(tokens):
+        entering.append(_dropped(state, restart, t))
+        _, state, _ = advance(entering[t], *token, delta)
+    columns: list[list[Tensor]] = [[] for _ in part]
+    for t, (q, k, _, log_decay, eta) in reversed(list(enumerate(tokens))):
+        y, retention = grad[:, :, t], log_decay.exp()[..., None, None]
+        _, state, u = advance(entering[t], *tokens[t], delta)
+        passed = passed + q[..., None] * y[..., None, :]
+        kept, du = retention * entering[t], (k[..., None] * passed).sum(-2)
+        deta, du = (du * u).sum(-1), eta[..., None] * du
+        dk = eta[..., None] * (passed * u[..., None, :]).sum(-1)
+        if delta:
+            dk = dk - (kept * du[..., None, :]).sum(-1)
+            passed = passed - k[..., None] * du[..., None, :]
+        row = (state * y[..., None, :]).sum(-1), dk, du, (passed * kept).sum((-2, -1)), deta
+        for column, value in zip(columns, row, strict=True):
+            column.insert(0, value)
+        passed = _dropped(retention * passed, restart, t)
+    return [*(torch.stack(column, 2) for column in columns), passed]
+
+
+def _dropped(state: Tensor, restart: Tensor | None, t: int) -> Tensor:
+    """Return a state (n, h, k, v), zeros in the rows that restart at token t."""
+    return state if restart is None else torch.where(restart[:, t, None, None, None], 0.0, state)
 
 
 def _start(initial: Tensor | None, k: Tensor, v: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def state_bound(
 def _of_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Balance, Tensor]:
     """Return the balance of a chunk, (n, h, c) each, and the state that leaves it."""
     weights = eager.decays(part.log_decay, restart)
-    pair, keys, retention = weights.pair, part.k, part.log_decay.exp()
+    pair, keys, retention = weights.pair.mT, part.k, part.log_decay.exp()
     values = eager.innovations(part, state, weights) if delta else part.v
     written = part.eta[..., None] * values
     alike, under = keys @ keys.mT, keys @ state
@@ -168,4 +168,3 @@ def _norm(x: Tensor) -> Tensor:
     """Return the Euclidean norm along the last axis, 0 with gradient 0 for zeros."""
     length, empty = arguments.norms(x)
     return torch.where(empty, 0.0, length)
-

@@ -73,13 +73,20 @@ def positive(op: str, **tensors: Tensor) -> None:
 
 
 def check_numbers(op: str, *, eps: float = 1.0, step: float = 1.0, damping: float = 0.0) -> None:
-    """Raise ConfigError unless ε > 0, h is finite and not zero, and γ ≥ 0."""
-    if not eps > 0:
-        raise ConfigError(f"physics.{op}: expected eps > 0, got {eps!r}.")
-    if not (math.isfinite(step) and step != 0):
+    """Raise ConfigError unless ε > 0 is finite, h is finite and not zero, and γ ≥ 0."""
+    if not 0 < eps < math.inf:
+        raise ConfigError(f"physics.{op}: expected a finite eps > 0, got {eps!r}.")
+    # Comparisons alone: torch.compile follows them where numbers are dynamic.
+    if not 0 < abs(step) < math.inf:
         raise ConfigError(f"physics.{op}: expected a finite step other than 0, got {step!r}.")
     if not 0 <= damping < math.inf:
         raise ConfigError(f"physics.{op}: expected damping ≥ 0, got {damping!r}.")
+
+
+def check_duration(op: str, step: float) -> None:
+    """Raise ConfigError unless h is positive and finite: time runs forwards between two layers."""
+    if not 0 < step < math.inf:
+        raise ConfigError(f"physics.{op}: expected a finite step > 0, got {step!r}.")
 
 
 def _fits(shape: torch.Size, axes: list[str], sizes: dict[str, int]) -> bool:
@@ -92,7 +99,8 @@ def _fits(shape: torch.Size, axes: list[str], sizes: dict[str, int]) -> bool:
         found = _AXIS.fullmatch(axis)
         assert found is not None
         times, offset = int(found[1] or 1), int(found[3] or 0)
-        size, rest = divmod(length - offset, times)
+        # Not divmod, which torch.compile does not follow for a dynamic length.
+        size, rest = (length - offset) // times, (length - offset) % times
         if rest or size < 1 or sizes.setdefault(found[2], size) != size:
             return False
     return True

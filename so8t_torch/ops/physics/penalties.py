@@ -25,7 +25,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, ShapeError
-from so8t_torch.ops.physics.arguments import Diagnostics, check_numbers, match, monitors, not_negative, widened
+from so8t_torch.ops.physics.arguments import (
+    Diagnostics,
+    check_duration,
+    check_numbers,
+    match,
+    monitors,
+    not_negative,
+    widened,
+)
 from so8t_torch.ops.physics.phase_space import form
 
 TOKENS = (-2, -1)
@@ -86,7 +94,8 @@ def energy_balance(
         ConfigError: step or eps is out of range.
     """
     op = "energy_balance"
-    check_numbers(op, eps=eps, step=step)
+    check_numbers(op, eps=eps)
+    check_duration(op, step)
     match(
         op,
         energies=(energies, "... l+1 s"),
@@ -130,7 +139,8 @@ def hamiltonian_residual(
         ConfigError: step or eps is out of range.
     """
     op = "hamiltonian_residual"
-    check_numbers(op, eps=eps, step=step)
+    check_numbers(op, eps=eps)
+    check_duration(op, step)
     match(op, increments=(increments, "... s 2d"), gradients=(gradients, "... s 2d"), resistance=(resistance, "2d"))
     not_negative(op, resistance=resistance)
     increments, gradients, resistance = widened(op, increments, gradients, resistance)
@@ -167,7 +177,8 @@ def lyapunov_hinge(
         ConfigError: rate, step or eps is out of range.
     """
     op = "lyapunov_hinge"
-    check_numbers(op, eps=eps, step=step)
+    check_numbers(op, eps=eps)
+    check_duration(op, step)
     if not 0 <= rate * step <= 1:
         raise ConfigError(f"physics.{op}: expected 0 ≤ rate · step ≤ 1, got {rate!r} · {step!r}.")
     match(op, energies=(energies, "... l+1 s"), supply=(supply, "... l s"))
@@ -215,6 +226,7 @@ def symplectic_defect(
     op = "symplectic_defect"
     check_numbers(op, step=step, damping=damping)
     match(op, x=(x, "... s n 2d"), u=(u, "... s n 2d"), w=(w, "... s n 2d"))
+    widened(op, x, u, w)
     images = [torch.func.jvp(layer, (x,), (tangent.to(x.dtype).expand_as(x),))[1] for tangent in (u, w)]
     if images[0].shape != x.shape:
         raise ShapeError(f"physics.{op}: expected layer(x) of shape {tuple(x.shape)}, got {tuple(images[0].shape)}.")

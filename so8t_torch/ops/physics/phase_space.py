@@ -163,8 +163,8 @@ def leapfrog(
     Source: Hairer, Lubich, Wanner, "Geometric Numerical Integration" (2006), chapters I and VI.
     """
     check_numbers("leapfrog", step=step, damping=damping)
-    if steps < 0:
-        raise ConfigError(f"physics.leapfrog: expected steps ≥ 0, got {steps!r}.")
+    if not isinstance(steps, (int, torch.SymInt)) or steps < 0:
+        raise ConfigError(f"physics.leapfrog: expected a whole number of steps ≥ 0, got {steps!r}.")
     parameters = (inverse_mass, kappa, scales, weights, biases)
     state, *wide = _checked("leapfrog", x, *parameters)
     chosen = choose("physics.leapfrog", backend, _candidates(x, *parameters))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Gradients = tuple[Tensor, ...]
 
@@ -54,6 +55,13 @@ def integrate_reversibly(x: Tensor, parameters: Sequence[Tensor], step: float, k
     """Return the same in float64 with one saved state, whatever the number of steps."""
     y: Tensor = _Reversible.apply(x.double(), *parameters, step, kept, steps)
     return y
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether no tensor carries a tangent or belongs to a vmap: what is made of them can be read as numbers."""
+    if torch.compiler.is_compiling():
+        return True
+    return not any(_mapped(tensor) or forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 @torch.no_grad()
@@ -130,6 +138,16 @@ def _pull_force(
     g_weights = _outer(scales * gate, g) + _outer(bend, q)
     parameters = ((g * q).sum(), _over_batch(gate * along), g_weights, _over_batch(bend))
     return -kappa * g - bend @ weights, tuple(-part for part in parameters)
+
+
+def _mapped(tensor: Tensor) -> bool:
+    """Whether a vmap, below other transformations or not, runs over the tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _over_batch(x: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class Tile:
         self.state = state
         self.reads, self.writes, self.totals = (z.unbind(1) for z in parts[1:])
         self.reading, self.writing = (_used(z) for z in parts[1:3])
-        self.finite = False
+        self.finite, self.fading = False, math.isfinite(parts.totals.sum())
 
     def advance(self, c: int, y: Tensor, x: Tensor, run: Tensor | None) -> None:
         """Add what chunk c reads to y (N, L, D), and write its inputs."""
@@ -163,7 +163,7 @@ class Tile:
 
     def _is_finite(self) -> bool:
         # a finite state fades without ceasing to be one; a sum that overflows only costs the reading of zeros
-        self.finite = self.finite or math.isfinite(self.state.sum())
+        self.finite = (self.finite and self.fading) or math.isfinite(self.state.sum())
         return self.finite
 
 
