@@ -7,7 +7,7 @@ import scipy.signal
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from so8t_torch.core.errors import BackendError
+from so8t_torch.core.errors import BackendError, DomainError
 from so8t_torch.nn.associative_scan import fused_associative_scan
 from so8t_torch.ops import linear_recurrence as room
 from so8t_torch.ops.linear_recurrence import eager, linear_recurrence
@@ -206,6 +206,20 @@ def test_forward_mode_takes_the_plain_form_and_is_never_silently_zero(complex_va
         torch.func.jvp(lambda x: linear_recurrence(a, x, backend="blocked")[0], (b,), (direction,))
 
 
+def test_the_transforms_of_torch_func_take_the_plain_form():
+    a, b = decays(2, 9, 3), drawn(2, 9, 3, seed=1)
+
+    def loss(a, b, backend="auto"):
+        return linear_recurrence(a, b, backend=backend)[0].sin().sum()
+
+    given = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(given, b), given)
+    assert torch.allclose(torch.func.grad(loss)(a, b), expected, rtol=1e-12)
+    assert torch.allclose(torch.vmap(torch.func.grad(loss))(a, b), expected, rtol=1e-12)
+    with pytest.raises(BackendError, match=r"torch\.func differentiates"):
+        torch.func.grad(lambda x: loss(x, b, "blocked"))(a)
+
+
 def test_the_choice_of_backend_can_be_explained():
     lines = room.explain_backend(torch.zeros(3), torch.zeros(2, 3)).splitlines()
     assert [line.split(":")[0].strip() for line in lines] == ["triton", "blocked", "eager"]
@@ -239,6 +253,12 @@ def test_the_associative_scan_is_right_beyond_three_elements_and_beyond_a_block(
         assert fused_associative_scan(torch.ones(2, length))[1, -1] == length
         assert fused_associative_scan(torch.ones(length, 2), 0)[-1, 1] == length
     assert fused_associative_scan(torch.ones(3, 0)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3)])
+def test_the_associative_scan_refuses_integers_by_its_own_name(shape):
+    with pytest.raises(DomainError, match="fused_associative_scan: expected a floating-point"):
+        fused_associative_scan(torch.ones(shape, dtype=torch.int64))
 
 
 def test_the_associative_scan_passes_gradients_to_every_term():

@@ -4,6 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from so8t_torch.core.errors import DomainError
 from so8t_torch.ops import resonance as room
 from so8t_torch.ops import zeta
 
@@ -110,3 +111,10 @@ def test_forward_mode_agrees_with_finite_differences():
     step = 1e-5
     difference = (filtered(state + step * direction) - filtered(state - step * direction)) / (2 * step)
     assert torch.allclose(slope, difference, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_a_blend_that_is_no_real_number_is_refused(dtype):
+    q = room.basis(2)
+    with pytest.raises(DomainError, match="blend of a real floating dtype"):
+        room.resonance(torch.ones(1, 2, 2), q, q, torch.ones(1, dtype=dtype))

@@ -1,9 +1,12 @@
 """What one pair cannot say about the filter: the gradient with the noise held constant, limits, isolation, NaN."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from so8t_torch.core.errors import ConfigError
 from so8t_torch.ops import snr_filter as room
 
 
@@ -120,11 +123,21 @@ def test_statistics_of_one_entry_have_no_spread_and_carry_no_gradient():
     assert not any(x.requires_grad for x in found)
 
 
-@pytest.mark.parametrize("scale", [1e-37, 1e30])
-def test_ratios_do_not_depend_on_the_scale(scale):
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**100, 2.0**125])
+def test_ratios_do_not_depend_on_the_scale_even_where_sums_have_no_place(scale):
     state = drawn(2, 8, 8, dtype=torch.float32)
-    once, scaled = (room.signal_to_noise(s) for s in (state, scale * state))
-    assert torch.allclose(once, scaled, rtol=1e-4, atol=0)
+    for found, head in zip(room.signal_to_noise(scale * state), state.double().numpy(), strict=True):
+        deviation = np.median(np.abs(head - np.median(head)))
+        expected = np.abs(head) / (1.4826 * deviation + 1e-3 * np.abs(head).mean())
+        assert np.allclose(found.double().numpy(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_threshold_that_is_no_number_is_refused():
+    state = drawn(1, 2, 2)
+    with pytest.raises(ConfigError, match="finite threshold"):
+        room.statistics(state, threshold=math.nan)
+    with pytest.raises(ConfigError, match="finite threshold"):
+        room.importance(state, state.abs(), threshold=math.nan)
 
 
 def test_autocast_changes_nothing():

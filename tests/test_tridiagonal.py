@@ -325,6 +325,19 @@ def test_autocast_leaves_the_precision_alone():
     assert torch.equal(inside, room.green(h, b, c, z))
 
 
+def test_the_transforms_of_torch_func_take_the_plain_form():
+    h, b, c, z = hopping(9, 0.5)
+
+    def loss(x, backend="auto"):
+        return room.green(x, b, c, z, mode="full", backend=backend).abs().sum()
+
+    given = h.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(given), given)
+    assert torch.allclose(torch.func.grad(loss)(h), expected, rtol=1e-10)
+    with pytest.raises(BackendError, match=r"torch\.func differentiates"):
+        torch.func.grad(lambda x: loss(x, "blocked"))(h)
+
+
 def test_the_choice_of_backend_can_be_explained():
     lines = room.explain_backend(torch.zeros(3)).splitlines()
     assert [line.split(":")[0].strip() for line in lines] == ["triton", "blocked", "eager"]

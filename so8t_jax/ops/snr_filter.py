@@ -66,6 +66,9 @@ def signal_to_noise(state: Float[Array, "h k v"], *, noise_floor: float = 1e-3) 
 
     Source: P. Rousseeuw and C. Croux, "Alternatives to the median absolute deviation" (1993), section 1.
     """
+    largest = jax.lax.stop_gradient(jnp.abs(state).max(axis=(1, 2), keepdims=True))
+    # in units of the largest entry, beside which no sum leaves the dtype
+    state = state / jnp.where(largest == 0, 1.0, largest)
     middle = jnp.median(state, axis=(1, 2), keepdims=True)
     deviation = jnp.median(jnp.abs(state - middle), axis=(1, 2), keepdims=True)
     noise = GAUSSIAN * deviation + noise_floor * jnp.abs(state).mean(axis=(1, 2), keepdims=True)

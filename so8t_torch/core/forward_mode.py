@@ -2,7 +2,8 @@
 
 PyTorch drops the tangents of its arguments, so that a Jacobian-vector product through it is zero, in silence. Public
 functions look for tangents and take plain operations, but while ``torch.compile`` traces them there are none to see;
-they appear in the operator, when the captured graph is built.
+they appear in the operator, when the captured graph is built. The derivatives of ``torch.func`` (grad, vjp, jacrev) do
+not pass through an operator either, and end in an error about something else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
+from torch.autograd.forward_ad import unpack_dual
 from torch.library import CustomOpDef
 
 from so8t_torch.core.errors import BackendError
@@ -22,6 +24,17 @@ from so8t_torch.core.errors import BackendError
 Kernel = Callable[..., Any]
 
 _LIBRARY = torch.library.Library("so8t", "IMPL")
+
+
+def reasons(*tensors: Tensor) -> tuple[str, ...]:
+    """Return why a registered operation cannot run on these tensors; empty where nobody differentiates its own way."""
+    if torch.compiler.is_compiling():
+        return ()
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        return ("an argument carries a forward-mode tangent, which only plain operations propagate",)
+    if any(_tracked(x) for x in tensors):
+        return ("torch.func differentiates an argument, which it does through plain operations only",)
+    return ()
 
 
 def refuse_tangents(*operators: CustomOpDef) -> None:
@@ -65,6 +78,16 @@ def _guarded(operator: OpOverload, differentiate: Kernel) -> Kernel:
         return differentiate(keyset, *arguments, **keywords)
 
     return refuse_or_differentiate
+
+
+def _tracked(x: Tensor) -> bool:
+    """Return whether a transform of ``torch.func`` differentiates x, perhaps inside of another one that batches it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:

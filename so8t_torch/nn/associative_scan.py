@@ -12,7 +12,7 @@ import math
 from jaxtyping import Inexact
 from torch import Tensor
 
-from so8t_torch.core.errors import ShapeError
+from so8t_torch.core.errors import DomainError, ShapeError
 from so8t_torch.ops.linear_recurrence import cumulative_sum
 
 
@@ -34,6 +34,8 @@ def fused_associative_scan(
         raise ShapeError(
             f"fused_associative_scan: expected an axis of a tensor of shape {tuple(x.shape)}, got dim={dim}."
         )
+    if not (x.is_floating_point() or x.is_complex()):
+        raise DomainError(f"fused_associative_scan: expected a floating-point or complex x, got {x.dtype}; convert it.")
     place = dim % x.ndim
     if 0 in x.shape:
         return x.clone()

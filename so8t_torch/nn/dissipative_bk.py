@@ -133,13 +133,13 @@ class NonHermitianPotential(nn.Module):
         """Return v, Γ and Γ^mem of each token.
 
         Args:
-            x: activations of the dtype of the parameters; any floating dtype under autocast.
+            x: activations of the dtype of the parameters; under autocast any that it casts (not float64).
 
         Raises:
             ShapeError: x is not (B, N, D).
-            DomainError: x is not real floating-point.
+            DomainError: x is not real floating-point, or of another dtype than the parameters.
         """
-        _check_activations("NonHermitianPotential", x, self.projection.in_features)
+        _check_activations("NonHermitianPotential", x, self.projection.weight)
         raw = self.projection(x).to(accumulation_dtype(x.dtype))
         v, rates = raw[..., : self.channels], raw[..., self.channels :]
         if self.adaptive_decay:
@@ -254,13 +254,14 @@ class DissipativeBKLayer(nn.Module):
         """Return features, state and potential.
 
         Args:
-            x: activations of the dtype of the parameters; any floating dtype under autocast.
+            x: activations of the dtype of the parameters; under autocast any that it casts (not float64).
             state: what the call on the tokens before returned; ``None`` or zeros at the start of a document.
             segment_ids: chains restart where the number changes. Give padding a number of its own.
 
         Raises:
             ShapeError: x is not (B, N, D) with N > 0, or state or ids do not fit it.
-            DomainError: x is not real floating-point, or the state has another precision.
+            DomainError: x is not real floating-point, or of another dtype than the parameters, the state has another
+                precision, or the ids are no whole numbers.
             ConfigError: a state in mode ``"full"``, where the past cannot be summed up.
         """
         potential = self.potential(x)
@@ -308,6 +309,10 @@ class DissipativeBKLayer(nn.Module):
                 f"DissipativeBKLayer: expected segment_ids {tuple(x.shape[:2])} for x {tuple(x.shape)}, got "
                 f"{tuple(segment_ids.shape)}."
             )
+        if segment_ids.is_floating_point() or segment_ids.is_complex():
+            raise DomainError(
+                f"DissipativeBKLayer: expected whole numbers in segment_ids, got {segment_ids.dtype}; convert them."
+            )
         continues = pad(segment_ids[:, 1:] == segment_ids[:, :-1], (1, 0), value=True)
         return torch.where(continues[:, None], beta, 0.0)
 
@@ -323,7 +328,12 @@ def decay_statistics(potential: Potential, *, dt: float = 1.0) -> dict[str, Tens
         Mean and standard deviation of Γ; the ratio of mean Γ to mean |v|; the quantiles 0.05, 0.5, 0.95 of Γ; the
         fraction of (token, channel) whose half-life is below one token. The same for the memory's heads where there
         are any, under ``memory_``, without the ratio.
+
+    Raises:
+        ShapeError: there is no token to speak of.
     """
+    if potential.gamma.numel() == 0:
+        raise ShapeError(f"decay_statistics: expected at least one token, got rates {tuple(potential.gamma.shape)}.")
     found = {f"gamma_{name}": value for name, value in _statistics(potential.gamma, dt).items()}
     found["energy_ratio"] = (potential.gamma.mean() / potential.v.abs().mean()).detach()
     if potential.memory_gamma.shape[-1]:
@@ -333,13 +343,20 @@ def decay_statistics(potential: Potential, *, dt: float = 1.0) -> dict[str, Tens
 
 def _statistics(gamma: Tensor, dt: float) -> dict[str, Tensor]:
     gamma = gamma.detach()
-    levels = torch.tensor([0.05, 0.5, 0.95], dtype=gamma.dtype, device=gamma.device)
     return {
         "mean": gamma.mean(),
         "std": gamma.std(correction=0),
-        "quantiles": torch.quantile(gamma.flatten(), levels),
+        "quantiles": _quantiles(gamma.flatten(), (0.05, 0.5, 0.95)),
         "overdamped": (gamma * dt > math.log(2)).to(gamma.dtype).mean(),
     }
+
+
+def _quantiles(x: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Return quantiles between the two entries next to each, of any number of entries (torch's: at most 2²⁴)."""
+    ordered = x.sort().values
+    places = [level * (len(x) - 1) for level in levels]
+    pairs = [(ordered[math.floor(place)], ordered[math.ceil(place)]) for place in places]
+    return torch.stack([low.lerp(high, place % 1.0) for (low, high), place in zip(pairs, places, strict=True)])
 
 
 def _softplus_inverse(y: float) -> float:
@@ -358,7 +375,8 @@ def _check_widths(name: str, d_model: int, channels: int, memory_heads: int) -> 
 
 def _check_rates(base_decay: float, memory_base_decay: float, dt: float, adaptive: bool) -> None:
     """Raise unless rates and dt are positive, and the floors below the rates of the start."""
-    sound = base_decay > 0 and memory_base_decay > 0 and dt > 0 and (base_decay < INITIAL_DECAY or not adaptive)
+    most = INITIAL_DECAY if adaptive else math.inf
+    sound = 0 < base_decay < most and memory_base_decay > 0 and dt > 0
     if not (sound and memory_base_decay * HALF_LIVES[1] * dt < math.log(2)):
         raise ConfigError(
             f"NonHermitianPotential: expected base_decay in (0, {INITIAL_DECAY:g}) (or above, without adaptive_decay), "
@@ -367,9 +385,13 @@ def _check_rates(base_decay: float, memory_base_decay: float, dt: float, adaptiv
         )
 
 
-def _check_activations(name: str, x: Tensor, width: int) -> None:
-    """Raise unless x is (B, N, D) and real floating-point, with at least one token."""
+def _check_activations(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise unless x is (B, N, D) with at least one token, and of a dtype that the weights can be multiplied with."""
+    width = weight.shape[1]
     if x.ndim != 3 or x.shape[-1] != width or x.shape[1] == 0:
         raise ShapeError(f"{name}: expected x (B, N, {width}) with N > 0, got {tuple(x.shape)}.")
     if not x.is_floating_point():
         raise DomainError(f"{name}: expected real floating-point x, got {x.dtype}; convert it first.")
+    cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    if weight.is_floating_point() and x.dtype != weight.dtype and not cast:
+        raise DomainError(f"{name}: expected x in the {weight.dtype} of the parameters, got {x.dtype}; convert either.")

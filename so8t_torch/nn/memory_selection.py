@@ -163,14 +163,14 @@ class MemoryImportanceEstimator(nn.Module):
         Raises:
             ConfigError: k is out of range; else as ``forward``.
         """
-        entries = state.flatten(-2)
-        if not 1 <= k <= entries.shape[-1]:
+        scores = self(state, age).flatten(-2)
+        if not 1 <= k <= scores.shape[-1]:
             raise ConfigError(
-                f"get_top_k_memories: expected k between 1 and {entries.shape[-1]} for states {tuple(state.shape)}, "
+                f"get_top_k_memories: expected k between 1 and {scores.shape[-1]} for states {tuple(state.shape)}, "
                 f"got {k}."
             )
-        scores, indices = torch.topk(self(state, age).flatten(-2), k)
-        return TopMemories(entries.gather(-1, indices), indices, scores)
+        scores, indices = torch.topk(scores, k)
+        return TopMemories(state.flatten(-2).gather(-1, indices), indices, scores)
 
     def extra_repr(self) -> str:
         """Return the options."""

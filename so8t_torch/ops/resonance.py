@@ -204,3 +204,5 @@ def _check_options(state: Tensor, blend: Tensor | None, threshold: float, temper
             f"resonance: expected one blend per head, ({state.shape[-3]},) for states {tuple(state.shape)}, got "
             f"{tuple(blend.shape)}."
         )
+    if blend is not None and not blend.is_floating_point():
+        raise DomainError(f"resonance: expected a blend of a real floating dtype, got {blend.dtype}; convert it first.")

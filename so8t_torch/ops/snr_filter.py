@@ -97,9 +97,10 @@ def statistics(
         Tensors (..., H) in float32 (float64 for float64) without a gradient; the deviation of a single entry is 0.
 
     Raises:
-        ShapeError, DomainError, ConfigError: as ``signal_to_noise``.
+        ShapeError, DomainError, ConfigError: as ``signal_to_noise``, or the threshold is not a finite number.
     """
     _check("statistics", state, noise_floor)
+    _check_threshold("statistics", threshold)
     r = _ratio(_entries(state.detach()), noise_floor)
     mean = r.mean(-1)
     spread = (r - mean[..., None]).square().mean(-1).sqrt()
@@ -202,6 +203,7 @@ def importance(
         raise DomainError(f"snr_filter.importance: expected ages of a real floating dtype, got {age.dtype}.")
     if len(weights) != 3 or not all(0.0 <= w < math.inf for w in weights) or not sum(weights) > 0.0:
         raise ConfigError(f"snr_filter.importance: expected three weights ≥ 0 that are not all zero, got {weights!r}.")
+    _check_threshold("importance", threshold)
     if not 0.0 <= age_rate < math.inf:
         raise ConfigError(f"snr_filter.importance: expected age_rate ≥ 0, got {age_rate!r}.")
     entries = _entries(state)
@@ -221,6 +223,9 @@ def _entries(state: Tensor) -> Tensor:
 
 def _ratio(entries: Tensor, noise_floor: float) -> Tensor:
     """Return |S|/σ of the entries (..., H, N) with σ held constant in the gradient."""
+    largest = entries.detach().abs().amax(-1, keepdim=True)
+    # in units of the largest entry, beside which no sum leaves the dtype
+    entries = entries / torch.where(largest == 0, 1.0, largest)
     held = entries.detach()
     deviation = _median((held - _median(held)).abs())
     noise = GAUSSIAN * deviation + noise_floor * held.abs().mean(-1, keepdim=True)
@@ -257,10 +262,15 @@ def _check_tokens(state: Tensor, decay: Tensor, eta: Tensor) -> None:
             raise DomainError(f"snr_filter: expected {name} of a real floating dtype, got {x.dtype}.")
 
 
+def _check_threshold(name: str, threshold: float) -> None:
+    """Raise unless the threshold is a finite number."""
+    if not abs(threshold) < math.inf:
+        raise ConfigError(f"snr_filter.{name}: expected a finite threshold, got {threshold!r}.")
+
+
 def _check_options(threshold: float, temperature: float, gamma_boost: float, eta_boost: float, cleanup: float) -> None:
     """Raise unless the options are in range."""
-    if not abs(threshold) < math.inf:
-        raise ConfigError(f"snr_filter: expected a finite threshold, got {threshold!r}.")
+    _check_threshold("snr_filter", threshold)
     if not 0.0 < temperature < math.inf:
         raise ConfigError(f"snr_filter: expected a temperature > 0, got {temperature!r}.")
     if not (1.0 <= gamma_boost < math.inf and 1.0 <= eta_boost < math.inf):

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
-from so8t_torch.nn.dissipative_bk import DissipativeBKLayer, NonHermitianPotential, decay_statistics
+from so8t_torch.nn.dissipative_bk import DissipativeBKLayer, NonHermitianPotential, Potential, decay_statistics
 
 WIDTH = 5
 OPTIONS = [
@@ -158,9 +159,18 @@ def test_statistics_are_those_of_numpy():
     gamma = mixed.potential.gamma.detach().flatten()
     assert math.isclose(found["gamma_mean"].item(), gamma.mean().item())
     assert math.isclose(found["gamma_overdamped"].item(), (gamma * 20.0 > math.log(2)).double().mean().item())
-    assert torch.equal(found["gamma_quantiles"][1], gamma.quantile(0.5))
+    expected = np.quantile(gamma.numpy(), [0.05, 0.5, 0.95])
+    assert np.allclose(found["gamma_quantiles"].numpy(), expected, rtol=1e-14, atol=0)
     assert {name for name in found if name.startswith("memory_")} != set()
     assert not any(value.requires_grad for value in found.values())
+
+
+def test_statistics_of_many_tokens_and_of_none():
+    rate = torch.linspace(0.0, 1.0, 2**24 + 101).view(1, -1, 1)
+    found = decay_statistics(Potential(rate, rate, rate[:, :, :0]))
+    assert torch.allclose(found["gamma_quantiles"], torch.tensor([0.05, 0.5, 0.95]), rtol=1e-6, atol=0)
+    with pytest.raises(ShapeError, match="at least one token"):
+        decay_statistics(layer()(drawn(0, 3, WIDTH)).potential)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -202,6 +212,12 @@ def test_bad_input_is_refused():
         module(drawn(2, 3, WIDTH), segment_ids=torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(DomainError, match="real floating-point"):
         module(torch.zeros(2, 3, WIDTH, dtype=torch.int64))
+    with pytest.raises(DomainError, match="whole numbers"):
+        module(drawn(2, 3, WIDTH), segment_ids=torch.zeros(2, 3))
+    with pytest.raises(DomainError, match="of the parameters"):
+        module(drawn(2, 3, WIDTH).float())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(DomainError, match="of the parameters"):
+        DissipativeBKLayer(WIDTH)(drawn(2, 3, WIDTH))
     with pytest.raises(DomainError, match="one precision"):
         module(drawn(2, 3, WIDTH), torch.zeros(2, 2, dtype=torch.complex64))
     with pytest.raises(ConfigError, match="no state in mode 'full'"):
@@ -210,7 +226,15 @@ def test_bad_input_is_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"channels": 0}, {"memory_heads": -1}, {"mode": "both"}, {"base_decay": 0.0}, {"base_decay": 0.1}, {"dt": 0.0}],
+    [
+        {"channels": 0},
+        {"memory_heads": -1},
+        {"mode": "both"},
+        {"base_decay": 0.0},
+        {"base_decay": 0.1},
+        {"base_decay": math.inf, "adaptive_decay": False},
+        {"dt": 0.0},
+    ],
     ids=str,
 )
 def test_a_layer_that_makes_no_sense_is_refused(options):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from so8t_torch.core.errors import ConfigError
+from so8t_torch.core.errors import ConfigError, ShapeError
 from so8t_torch.nn.memory_selection import MemoryImportanceEstimator, SNRMemoryFilter
 
 
@@ -105,6 +105,8 @@ def test_bad_arguments_are_refused():
     for k in (0, 17):
         with pytest.raises(ConfigError, match="between 1 and 16"):
             MemoryImportanceEstimator().get_top_k_memories(state, age, k)
+    with pytest.raises(ShapeError, match=r"states \(\.\.\., H, K, V\)"):
+        MemoryImportanceEstimator().get_top_k_memories(state[0, 0], age[0, 0], 1)
     with pytest.raises(ConfigError, match="not all zero"):
         MemoryImportanceEstimator(0.0, 0.0, 0.0)(state, age)
     with pytest.raises(ConfigError, match="cleanup"):

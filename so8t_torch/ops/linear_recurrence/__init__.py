@@ -18,8 +18,8 @@ import math
 import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import DomainError, ShapeError
 from so8t_torch.ops.linear_recurrence import autograd, eager
@@ -48,7 +48,7 @@ def linear_recurrence(
         segment_ids: equal numbers for the tokens of one segment; the state does not cross from one to another.
         reverse: run from the last token to the first.
         backend: ``"triton"``, ``"blocked"`` (CPU), ``"eager"`` (one step per token in plain operations, the only one
-            with forward-mode derivatives), or ``"auto"``.
+            with forward-mode derivatives and those of ``torch.func``), or ``"auto"``.
 
     Returns:
         h in the dtype of b, and the state after the last token of the run, in the dtype of initial, or of b without:
@@ -61,7 +61,9 @@ def linear_recurrence(
 
     Numerics:
         Editing token t changes no bit of the states before it. Nothing is exponentiated and no product of multipliers
-        is divided by, so that a = 0, |a| > 1 and overflow mean what they mean in the loop.
+        is divided by, so that a = 0, |a| > 1 and overflow mean what they mean in the loop. What entered a block of
+        tokens whose product of multipliers falls below the range of the dtype is forgotten there, though the loop
+        would remember it if it is huge, or if multipliers above 1 follow in the block.
     """
     _check(a, b, initial, segment_ids)
     if b.is_complex() and not a.is_complex():
@@ -144,19 +146,12 @@ def _candidates(*tensors: Tensor) -> list[Candidate]:
     """Return the implementations in order of preference, each with the reasons why it cannot run."""
     device = tensors[1].device
     on_host = () if device.type == "cpu" else (f"b is on {device}, this one runs on the CPU",)
-    one_way = _forward_mode_reasons(*tensors)
+    one_way = forward_mode.reasons(*tensors)
     return [
         Candidate("triton", (*triton_reasons(tensors[1]), *one_way)),
         Candidate("blocked", (*on_host, *one_way)),
         Candidate("eager"),
     ]
-
-
-def _forward_mode_reasons(*tensors: Tensor) -> tuple[str, ...]:
-    """Return why a registered operation cannot run under forward-mode differentiation; empty outside of it."""
-    if torch.compiler.is_compiling() or all(unpack_dual(x).tangent is None for x in tensors):
-        return ()
-    return ("an argument carries a forward-mode tangent, which only plain operations propagate",)
 
 
 def _check(a: Tensor, b: Tensor, initial: Tensor | None, segment_ids: Tensor | None) -> None:

@@ -22,9 +22,9 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Complex, Inexact, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import pad
 
+from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.ops.tridiagonal import autograd, eager
@@ -56,7 +56,7 @@ def ratios(
         require_dissipation: refuse Im z ≤ 0 and Im h_i > 0, for which |G_ii| has no bound. Off the CPU and in compiled
             graphs, which do not wait for values, NaN takes the place of the error.
         backend: ``"triton"``, ``"blocked"``, ``"eager"`` (plain operations site by site, the only one with forward-mode
-            derivatives), or ``"auto"``.
+            derivatives and those of ``torch.func``), or ``"auto"``.
 
     Returns:
         L and R (…, N), complex.
@@ -313,19 +313,12 @@ def _dissipating(op: str, d: Tensor, diagonal: Tensor, z: Tensor) -> Tensor:
 
 def _candidates(*tensors: Tensor) -> list[Candidate]:
     """Return the implementations in order of preference, each with the reasons why it cannot run."""
-    one_way = _forward_mode_reasons(tensors)
+    one_way = forward_mode.reasons(*tensors)
     return [
         Candidate("triton", (*triton_reasons(tensors[0]), *one_way)),
         Candidate("blocked", one_way),
         Candidate("eager"),
     ]
-
-
-def _forward_mode_reasons(tensors: tuple[Tensor, ...]) -> tuple[str, ...]:
-    """Return why a registered operation cannot run under forward-mode differentiation; empty outside of it."""
-    if torch.compiler.is_compiling() or all(unpack_dual(x).tangent is None for x in tensors):
-        return ()
-    return ("an argument carries a forward-mode tangent, which only plain operations propagate",)
 
 
 def _check_shapes(
