@@ -255,6 +255,45 @@ def test_flux_balances_on_a_hermitian_chain(n):
         assert physics.ward_residual(green, left, right, 1.5 * upper, lower, width)[0] > 1e-6
 
 
+def free_chain(width, seed=0):
+    """A dissipative chain whose hopping is not Hermitian: its resolvent, and the arguments of ward_residual."""
+    n = len(width)
+    upper, lower = (torch.complex(drawn(n - 1, seed=k), drawn(n - 1, seed=k + 1)) for k in (seed + 1, seed + 3))
+    diagonal = torch.complex(drawn(n, seed=seed), -width)
+    left, right = list(diagonal), list(diagonal)
+    for i in range(1, n):
+        left[i] = diagonal[i] - upper[i - 1] * lower[i - 1] / left[i - 1]
+        right[n - 1 - i] = diagonal[n - 1 - i] - upper[n - 1 - i] * lower[n - 1 - i] / right[n - i]
+    green = torch.linalg.inv(torch.diag(diagonal) + torch.diag(upper, 1) + torch.diag(lower, -1))
+    return green, (green.diagonal(), torch.stack(left), torch.stack(right), upper, lower, width)
+
+
+def test_ceasing_to_forget_does_not_pay_for_unbalanced_flux():
+    for seed in range(0, 30, 10):
+        log = torch.tensor(math.log(1e-4), dtype=torch.float64, requires_grad=True)
+        value, _ = physics.ward_residual(*free_chain(log.exp().expand(8), seed)[1])
+        (slope,) = torch.autograd.grad(value, log)
+        # with the factor w differentiated the value falls like w², a slope of 2
+        assert abs(slope / value) < 0.1
+
+
+def test_the_flux_residual_is_differentiated_at_a_constant_factor():
+    width = 0.3 + drawn(6, seed=9).abs()
+
+    def by_matrix(moved):
+        green, _ = free_chain(moved)
+        lost = (green.abs().square() @ moved[:, None])[:, 0]
+        return (width * (green.diagonal().imag - lost)).square().mean()
+
+    moving = width.clone().requires_grad_()
+    value, _ = physics.ward_residual(*free_chain(moving)[1])
+    value.backward()
+    steps = 1e-6 * torch.eye(6, dtype=torch.float64)
+    wanted = torch.stack([(by_matrix(width + step) - by_matrix(width - step)) / 2e-6 for step in steps])
+    assert torch.isclose(value, by_matrix(width), rtol=1e-12)
+    assert torch.allclose(moving.grad, wanted, rtol=1e-7, atol=1e-7 * float(value.detach()))
+
+
 def test_multipliers_rise_while_violated_and_drive_the_constraint_down():
     point = torch.tensor([2.0, 1.0], dtype=torch.float64, requires_grad=True)
     multipliers = torch.zeros(1, dtype=torch.float64)

@@ -23,7 +23,16 @@ def test_the_basis_is_scipys_polar_factor(n):
     assert (room.basis(n) - expected).abs().max() < 1e-13
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 64, 256, 512])
+@pytest.mark.parametrize(("n", "condition"), [(255, 661), (426, 146), (467, 1362), (512, 39)])
+def test_the_worst_sizes_are_as_bad_as_documented_and_no_worse(n, condition):
+    singular = torch.linalg.svdvals(zeta.basis(n))
+    assert condition - 1 < singular[0] / singular[-1] < condition
+    expected = torch.from_numpy(scipy.linalg.polar(zeta.basis(n).numpy())[0])
+    # the change that an eps of every entry makes, 2‖dA‖/(σ_n + σ_{n−1})
+    assert torch.linalg.matrix_norm(room.basis(n) - expected) < 2.0**-52 * n / (singular[-1] + singular[-2])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 256, 467, 512])
 def test_the_basis_is_orthonormal(n):
     q = room.basis(n)
     assert (q.mT @ q - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-14

@@ -339,6 +339,7 @@ FORGETTING = (
         (0, 1, 2, 3, 4, 5),
         dtypes=WHOLE,
         returns="input",
+        finite_differences=False,
         edge_sizes=({"n": 1},),
         budget=Budget(forward=256, gradient=1024, floor=1.0, gradient_floor=1.0),
         laws=(Law("ward", ward_law, 512),),

@@ -189,7 +189,8 @@ def ward_residual(
         right: R_{N−1} = d_{N−1}, R_i = d_i − b_i c_i / R_{i+1}.
         upper: b_i = H[i, i+1].
         lower: c_i = H[i+1, i].
-        width: w = Γ + Im z > 0; G is at most 1/w, so the residual has no unit.
+        width: w = Γ + Im z > 0; G is at most 1/w, so the residual has no unit. The factor w_i is held constant in the
+            gradient: else a chain without Hermitian hopping would lower its residual by ceasing to forget.
 
     Returns:
         The value, and the largest |w_i (Im G_ii − Σ_j |G_ij|² w_j)|.
@@ -214,7 +215,7 @@ def ward_residual(
     behind = _modulus(lower) / _modulus(left[..., :-1])
     after = _accumulate(ahead.flip(-1), width.flip(-1)).flip(-1)
     before = _accumulate(behind, width)
-    residual = width * (green.imag - _modulus(green) * (after + before - width))
+    residual = width.detach() * (green.imag - _modulus(green) * (after + before - width))
     return residual.square().mean(-1), monitors(worst=residual.abs().amax(-1))
 
 
