@@ -183,7 +183,7 @@ MIXERS: tuple[Mixer, ...] = (
         tridiagonal_definition,
         tridiagonal,
         _chain,
-        ("diagonal",),
+        ("diagonal", "coupling"),
         ("eager", "blocked", "triton"),
     ),
     Mixer(

@@ -100,6 +100,17 @@ def test_a_registered_backend_raises_rather_than_answering_zero(_name, function,
             along(dual)
 
 
+@pytest.mark.parametrize(("name", "function", "x", "_backends"), CALLS, ids=[call[0] for call in CALLS])
+def test_gradients_by_torch_func_are_those_of_autograd(name, function, x, _backends):
+    def loss(value):
+        return function(value, "auto").sin().sum()
+
+    given = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(given), given)
+    assert expected.abs().max() > 1e-3, name
+    assert torch.allclose(torch.func.grad(loss)(x), expected, rtol=1e-9, atol=1e-11)
+
+
 def registered():
     """Every operator of this library, once all rooms are imported."""
     for module in pkgutil.walk_packages(so8t_torch.ops.__path__, "so8t_torch.ops."):

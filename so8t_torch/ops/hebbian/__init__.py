@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ShapeError
 from so8t_torch.core.precision import accumulation_dtype
@@ -156,9 +156,7 @@ def _normalised(keys: Tensor, strength: Tensor, rule: Rule) -> tuple[Tensor, Ten
 def _candidates(rule: Rule, q: Tensor, *others: Tensor) -> list[Candidate]:
     """Return the implementations in order of preference, each with the reasons why it cannot run."""
     on_host = () if q.device.type == "cpu" else (f"q is on {q.device}, this one runs on the CPU",)
-    one_way: tuple[str, ...] = ()
-    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, *others)):
-        one_way = ("an argument carries a forward-mode tangent, which only plain operations propagate",)
+    one_way = forward_mode.reasons(q, *others)
     plain = ("its kernels know the rule 'hebb' alone",) if rule == "delta" else ()
     return [
         Candidate("triton", (*triton_reasons(q), *plain, *one_way)),

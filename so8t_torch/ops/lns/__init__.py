@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ShapeError
 from so8t_torch.ops.lns import arguments, autograd, eager
@@ -345,16 +345,9 @@ def _nothing(flat: arguments.Factors) -> tuple[Tensor, Tensor]:
 def _candidates(log_a: Tensor, log_b: Tensor) -> list[Candidate]:
     """Return the implementations in order of preference, each with the reasons why it cannot run."""
     on_host = () if log_a.device.type == "cpu" else (f"logs are on {log_a.device}, this one runs on the CPU",)
-    one_way = _forward_mode_reasons(log_a, log_b)
+    one_way = forward_mode.reasons(log_a, log_b)
     return [
         Candidate("triton", (*triton_reasons(log_a), *one_way)),
         Candidate("rescaled", (*on_host, *one_way)),
         Candidate("eager"),
     ]
-
-
-def _forward_mode_reasons(*tensors: Tensor) -> tuple[str, ...]:
-    """Return why a registered operation cannot run under forward-mode differentiation; empty outside of it."""
-    if torch.compiler.is_compiling() or all(unpack_dual(x).tangent is None for x in tensors):
-        return ()
-    return ("the logs carry a forward-mode tangent, which only plain operations propagate",)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from so8t_torch.core import backend as backends
+from so8t_torch.core import forward_mode
 from so8t_torch.core.errors import DomainError, ShapeError
 from so8t_torch.ops.rotation import autograd, charts, eager
 
@@ -81,7 +81,7 @@ def exponential(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*batc
         come out NaN rather than wrong.
     """
     _check_trailing("exponential", "coordinates", coordinates, (28,))
-    if _has_tangent(coordinates):
+    if forward_mode.reasons(coordinates):
         return charts.exponential(coordinates)
     rotation: Tensor = autograd.exponential(coordinates)
     return rotation
@@ -113,7 +113,7 @@ def logarithm(rotation: Float[Tensor, "*batch 8 8"], cut_margin: float = 1e-3) -
             (max |RᵀR − I| > 1/2). Reading it synchronises a device.
     """
     _check_trailing("logarithm", "rotation", rotation, (8, 8))
-    if _has_tangent(rotation):
+    if forward_mode.reasons(rotation):
         charts.away_from_cut(rotation, cut_margin)
         return charts.logarithm(rotation)
     return charts.logarithm(autograd.away_from_cut(rotation, cut_margin))
@@ -139,7 +139,7 @@ def apply(
     """
     _check_blocks("apply", rotation, x, "x")
     chosen = backends.choose("apply", backend, _candidates(rotation, x))
-    if _has_tangent(rotation, x):
+    if forward_mode.reasons(rotation, x):
         return eager.rotate_plain(rotation, x)
     y: Tensor = (autograd.rotate_triton if chosen == "triton" else autograd.rotate_eager)(rotation, x)
     return y
@@ -283,16 +283,8 @@ def _candidates(rotation: Tensor, x: Tensor) -> tuple[backends.Candidate, ...]:
         reasons += (f"its kernels take float32, bfloat16 and float16 channels, not {x.dtype}",)
     if rotation.device != x.device:
         reasons += (f"rotation is on {rotation.device}, x on {x.device}",)
-    if _has_tangent(rotation, x):
-        reasons += ("a custom operator has no forward-mode derivative; eager has",)
+    reasons += forward_mode.reasons(rotation, x)
     return backends.Candidate("triton", reasons), backends.Candidate("eager")
-
-
-def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way: through a custom operator it would silently give zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _check_floating(op: str, **tensors: Tensor) -> None:

@@ -17,11 +17,10 @@ from bisect import bisect_right
 from itertools import pairwise
 from typing import Literal, overload
 
-import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
@@ -185,19 +184,12 @@ def _run(h: Tensor, valid: Tensor, norm: str, delta: float, backend: str) -> Ten
 def _candidates(h: Tensor) -> list[Candidate]:
     """Return the implementations in order of preference, each with the reasons why it cannot run."""
     on_host = () if h.device.type == "cpu" else (f"h is on {h.device}, this one runs on the CPU",)
-    one_way = _forward_mode_reasons(h)
+    one_way = forward_mode.reasons(h)
     return [
         Candidate("triton", (*triton_reasons(h), *one_way)),
         Candidate("streamed", (*on_host, *one_way)),
         Candidate("eager"),
     ]
-
-
-def _forward_mode_reasons(h: Tensor) -> tuple[str, ...]:
-    """Return why a registered operation cannot run under forward-mode differentiation; empty outside of it."""
-    if torch.compiler.is_compiling() or unpack_dual(h).tangent is None:
-        return ()
-    return ("h carries a forward-mode tangent, which only plain operations propagate",)
 
 
 def _check(h: Tensor, mask: Tensor, norm: str, delta: float) -> None:

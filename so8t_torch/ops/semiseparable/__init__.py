@@ -20,9 +20,9 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import pad
 
+from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
@@ -215,11 +215,8 @@ def _restarts(segment_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _candidates(*tensors: Tensor | None) -> list[Candidate]:
     """Return the implementations in order of preference, each with the reasons why it cannot run."""
-    reasons: tuple[str, ...] = ()
-    tracing = torch.compiler.is_compiling()
-    if not tracing and any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
-        reasons = ("an argument carries a forward-mode tangent, which only plain operations propagate",)
-    return [Candidate("chunked", reasons), Candidate("eager")]
+    one_way = forward_mode.reasons(*(x for x in tensors if x is not None))
+    return [Candidate("chunked", one_way), Candidate("eager")]
 
 
 def _check_tokens(name: str, **given: Tensor) -> None:

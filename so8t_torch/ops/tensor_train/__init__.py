@@ -20,8 +20,8 @@ from numbers import Integral
 import torch
 from jaxtyping import Float, Inexact, Int
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.ops.tensor_train import autograd, eager, head
@@ -218,7 +218,7 @@ def explain_backend(*cores: Tensor) -> str:
 
 def _row_candidates(cores: tuple[Tensor, ...]) -> list[Candidate]:
     """Return the implementations of rows in order of preference, each with the reasons why it cannot run."""
-    one_way = _forward_mode_reasons(*cores)
+    one_way = forward_mode.reasons(*cores)
     kernel = (*triton_reasons(*cores), *_kernel_reasons(cores, (2, 3)), *one_way)
     on_host = () if cores[0].device.type == "cpu" else (f"cores are on {cores[0].device}, this one runs on the CPU",)
     # Where its sums have no order a backend is never chosen by itself, so that it stands last.
@@ -232,7 +232,7 @@ def _row_candidates(cores: tuple[Tensor, ...]) -> list[Candidate]:
 
 def _loss_candidates(hidden: Tensor, cores: tuple[Tensor, ...]) -> list[Candidate]:
     """Return the implementations of the cross-entropy in order of preference."""
-    one_way = _forward_mode_reasons(hidden, *cores)
+    one_way = forward_mode.reasons(hidden, *cores)
     mixed = () if hidden.dtype == cores[0].dtype else (f"h is {hidden.dtype}, the cores are {cores[0].dtype}",)
     kernel = (*triton_reasons(hidden), *_kernel_reasons(cores, (2,)), *mixed, *one_way)
     return [Candidate("triton", kernel), Candidate("tiled", one_way), Candidate("eager")]
@@ -242,7 +242,7 @@ def _tiled_or_eager(op: str, backend: str, hidden: Tensor, cores: tuple[Tensor, 
     return choose(
         f"tensor_train.{op}",
         backend,
-        [Candidate("tiled", _forward_mode_reasons(hidden, *cores)), Candidate("eager")],
+        [Candidate("tiled", forward_mode.reasons(hidden, *cores)), Candidate("eager")],
     )
 
 
@@ -254,13 +254,6 @@ def _kernel_reasons(cores: tuple[Tensor, ...], counts: tuple[int, ...]) -> tuple
     if cores[0].dtype in (torch.float64, torch.complex128):
         found.append(f"kernels accumulate in float32, the cores are {cores[0].dtype}")
     return tuple(found)
-
-
-def _forward_mode_reasons(*tensors: Tensor) -> tuple[str, ...]:
-    """Return why a registered operation cannot run under forward-mode differentiation; empty outside of it."""
-    if torch.compiler.is_compiling() or all(unpack_dual(x).tangent is None for x in tensors):
-        return ()
-    return ("an argument carries a forward-mode tangent, which only plain operations propagate",)
 
 
 def _checked_ids(
