@@ -13,8 +13,10 @@ from so8t_jax.ops import hebbian as reference
 from so8t_torch.core.errors import BackendError, ConfigError, DomainError, ShapeError
 from so8t_torch.ops import hebbian as production
 
-SIZES: tuple[Size, ...] = ({"T": 4, "H": 2, "K": 3, "V": 2}, {"T": 66, "H": 2, "K": 5, "V": 3})
+SIZES: tuple[Size, ...] = ({"T": 3, "H": 1, "K": 2, "V": 2}, {"T": 66, "H": 2, "K": 5, "V": 3})
 FEW: tuple[Size, ...] = (SIZES[0], {"T": 9, "H": 2, "K": 4, "V": 3})
+WIDE: tuple[Size, ...] = (SIZES[0], {"T": 36, "H": 2, "K": 16, "V": 3})
+"""Room for as many keys as a chunk of the delta rule holds."""
 SHORT: tuple[Size, ...] = ({"T": 1, "H": 1, "K": 2, "V": 1},)
 WRT = (0, 1, 2, 3, 4, 5)
 Array = np.ndarray
@@ -338,6 +340,7 @@ def monitor_pair(name: str, **options: Any) -> OpPair:
     )
 
 
+NOT_HALF = ("float64", "float32")
 WITHOUT_NORM = {"discretization": "zoh", "key_norm": "none"}
 DELTA = {"rule": "delta", "discretization": "zoh"}
 PAIRS: tuple[OpPair, ...] = (
@@ -348,12 +351,14 @@ PAIRS: tuple[OpPair, ...] = (
         rejections=REJECTIONS,
         carry=Carry(halves, joined),
     ),
-    memory_pair(":zoh", {"packed": packed, "extreme": extreme}, keywords=WITHOUT_NORM),
-    memory_pair(":per_head", {"per_head": per_head}, sizes=FEW, shared=(3, 4)),
+    memory_pair(":zoh", {"packed": packed, "extreme": extreme}, keywords=WITHOUT_NORM, dtypes=NOT_HALF),
+    memory_pair(":per_head", {"per_head": per_head}, sizes=FEW, shared=(3, 4), dtypes=NOT_HALF),
     memory_pair(
         ":delta",
-        {"started": started, "packed": packed, "extreme": extreme},
+        {"started": started, "packed": packed},
+        sizes=WIDE,
         keywords={"rule": "delta"},
+        dtypes=(*NOT_HALF, "bfloat16"),
         laws=(Law("recall", recall_law, 256.0),),
         carry=Carry(halves, joined),
         backends=(),
@@ -363,11 +368,11 @@ PAIRS: tuple[OpPair, ...] = (
         {"packed": gentle(packed)},
         keywords={"rule": "delta", **WITHOUT_NORM},
         sizes=FEW,
-        dtypes=("float64", "float32"),
+        dtypes=NOT_HALF,
         backends=(),
     ),
     step_pair(""),
-    step_pair(":delta", keywords={**DELTA, "key_norm": "none"}, dtypes=("float64", "float32")),
+    step_pair(":delta", keywords={**DELTA, "key_norm": "none"}, dtypes=NOT_HALF),
     monitor_pair(
         "energy_balance",
         oracle=balance_by_states,
@@ -382,7 +387,7 @@ PAIRS: tuple[OpPair, ...] = (
         inputs={"packed": unread(gentle(packed))},
         sizes=FEW,
         keywords={**DELTA, "key_norm": "none"},
-        dtypes=("float64", "float32"),
+        dtypes=NOT_HALF,
     ),
     monitor_pair(
         "state_bound",
@@ -390,6 +395,7 @@ PAIRS: tuple[OpPair, ...] = (
         inputs={"packed": unread(packed), "extreme": unread(extreme)},
         sizes=SIZES,
         keywords=WITHOUT_NORM,
+        dtypes=NOT_HALF,
         rejections=NEGATIVE,
     ),
 )
