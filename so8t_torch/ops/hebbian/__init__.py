@@ -73,8 +73,9 @@ def hebbian(
         BackendError: the backend cannot run this call.
 
     Numerics:
-        Editing token t changes no bit of what earlier tokens read, and nothing that is not finite reaches them. With
-        ``key_norm="l2"`` the rule "hebb" writes (η/|k|) k vᵀ, so that q·k of keys as they are must not overflow.
+        Editing token t changes no bit of what earlier tokens read, and nothing that is not finite reaches them. In a
+        half dtype with ``key_norm="l2"`` the rule "hebb" writes (η/|k|) k vᵀ: q·k of keys as they are must not overflow
+        float32.
     """
     arguments.check_options("hebbian", rule=rule, discretization=discretization, key_norm=key_norm)
     arguments.check_kinds("hebbian", q=q, v=v)
@@ -146,10 +147,11 @@ def explain_backend(q: Tensor, k: Tensor, v: Tensor, rule: Rule = "hebb") -> str
 
 def _normalised(keys: Tensor, strength: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Return keys and η such that η k uᵀ is written with keys of norm one."""
-    # converted once, so that the two parts of the gradient are added before they are rounded
-    keys = keys.to(strength.dtype)
-    if rule == "delta":
+    if rule == "delta" or keys.dtype == strength.dtype:
         return arguments.unit(keys), strength
+    # Half-precision keys stay as they are, for products of matrices that take no more digits. Converted once, so that
+    # the two parts of the gradient are added before they are rounded.
+    keys = keys.to(strength.dtype)
     return keys, arguments.weakened(strength, keys)
 
 
