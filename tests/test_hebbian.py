@@ -278,7 +278,11 @@ def test_a_negative_rate_is_nan_where_nothing_waits_for_values():
     with pytest.raises(DomainError, match="map it by softplus"):
         hebbian(*given, state)
     torch.compiler.reset()
-    y, _ = torch.compile(lambda *x: hebbian(*x), backend="aot_eager", fullgraph=True)(*given, state)
+    checked = torch.compile(lambda x: arguments.not_negative("hebbian", x), backend="aot_eager", fullgraph=True)
+    rates = checked(given[3])
+    assert rates.isnan().sum() == 1
+    assert rates[0, 3, 0].isnan()
+    y, _ = hebbian(*given[:3], rates, given[4], state)
     assert y[0, 3:, 0].isnan().all()
     assert y[0, :3].isfinite().all()
 
