@@ -204,7 +204,11 @@ def _check(
     check_kinds(op, k=k, v=v, decay=decay, eta=eta, initial=initial)
     if initial is not None:
         fits(op, "an initial state", initial, (*batch, heads, k.shape[-1], width), "give a matrix (K, V) per head")
-        same(op, "the last axes of an initial state", initial[(0,) * (initial.ndim - 3)], (heads, k.shape[-1], width))
+        if tuple(initial.shape[-3:]) != (heads, k.shape[-1], width):
+            raise ShapeError(
+                f"hebbian.{op}: expected an initial state of shape {(*batch, heads, k.shape[-1], width)}, "
+                f"got {tuple(initial.shape)}."
+            )
     if segment_ids is None:
         return
     fits(op, "segment_ids", segment_ids, (*batch, length), "give one number per token")

@@ -265,36 +265,37 @@ def _adjoint(
 
     dQ = X K + e ∘ (Ȳ Sᵀ)    dK = Xᵀ Q + D_C ∘ (W S̄ᵀ)    dW = Pᵀ Ȳ + D_C ∘ (K S̄)    dS = e_C S̄ + (e ∘ Q)ᵀ Ȳ
     with P = (Q Kᵀ) ∘ D and X = (Ȳ Wᵀ) ∘ D; a rate stands between everything that crosses its token:
-    dg_t = ⟨S̄, e_C S⟩ + Σ_{s<t} w_s · D_C (K S̄)_s + Σ_{u≥t} (q_u · dq_u − w_u · (Pᵀ Ȳ)_u)
+    dg_t = ⟨S̄, e_C S⟩ + Σ_{s<t} w_s · D_C (K S̄)_s + Σ_{u≥t} q_u · e_u (Ȳ Sᵀ)_u + Σ_{s<t≤u} P_us (Ȳ Wᵀ)_us
     """
     q, k, v, log_decay, eta = part
     weights = decays(log_decay, restart)
     leave, strength = weights.leave(), eta[..., None]
     values = innovations(part, state, weights) if delta else v
     written = strength * values
-    inside = (k @ q.mT).mul_(weights.pair) @ grad
-    scores = (written @ grad.mT).mul_(weights.pair)
-    dq = (scores.mT @ k).add_(weights.of_state(grad @ state.mT))
+    read, asked = (k @ q.mT).mul_(weights.pair), written @ grad.mT
+    inside, across = read @ grad, (read * asked).triu_(1)
+    scores, dread = asked.mul_(weights.pair), weights.of_state(grad @ state.mT)
+    dq = (scores.mT @ k).add_(dread)
     dk = (scores @ q).add_(leave * (written @ passed.mT))
     outside = leave * (k @ passed)
     beyond = (written * outside).sum(-1)
-    crossing = (q * dq).sum(-1) - (written * inside).sum(-1)
+    crossing = (q * dread).sum(-1)
     dwritten = inside.add_(outside)
     dv, deta = strength * dwritten, (values * dwritten).sum(-1)
     entered = weights.through(passed) + weights.of_state(q).mT @ grad
     if delta:
         dv, solved = _adjoint_of_innovations(part, state, weights, values, dv)
-        for total, more in zip((dk, deta, crossing, entered), solved, strict=True):
+        for total, more in zip((dk, deta, across, crossing, entered), solved, strict=True):
             total.add_(more)
     kept = weights.through(state).mul_(passed).sum((-2, -1))[..., None]
-    dlog_decay = kept + (beyond.cumsum(-1) - beyond) + crossing.flip(-1).cumsum(-1).flip(-1)
+    dlog_decay = kept + (beyond.cumsum(-1) - beyond) + _from_here(crossing) + _from_here(across).triu_(1).sum(-2)
     return [dq, dk, dv, dlog_decay, deta, entered]
 
 
 def _adjoint_of_innovations(
     part: Part, state: Tensor, weights: Weights, values: Tensor, grad: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Return the gradient of V for ``grad`` at U, and what goes to K, η, the sums that cross a token, and S.
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the gradient of V for ``grad`` at U, and what goes to K, η, pairs and states that cross a token, and S.
 
     With O = tril(K Kᵀ ∘ D, −1) and M = O η:  dV = (1 + M)⁻ᵀ Ū    dM = −dV Uᵀ    dO = dM η    e ∘ (K S) gets −dV
     """
@@ -306,9 +307,12 @@ def _adjoint_of_innovations(
     pairs = (dsystem * eta) * weights.pair.mT
     read = weights.of_state(k @ state)
     dk = pairs @ k + pairs.mT @ k - weights.of_state(dv @ state.mT)
-    moved = shares * eta
-    crossing = moved.sum(-1) - moved.sum(-2) - (dv * read).sum(-1)
-    return dv, (dk, shares.sum(-2), crossing, -(weights.of_state(k).mT @ dv))
+    return dv, (dk, shares.sum(-2), (shares * eta).mT, -(dv * read).sum(-1), -(weights.of_state(k).mT @ dv))
+
+
+def _from_here(x: Tensor) -> Tensor:
+    """Return Σ_{u≥t} x_u along the last axis."""
+    return x.flip(-1).cumsum(-1).flip(-1)
 
 
 def _walk_back(
