@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
-from parity_tests.harness import environment
+from parity_tests.harness import environment, reference
 from parity_tests.harness.skips import SkipCount
 
 environment.check_shapes()
@@ -32,3 +36,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+FINISHED = itertools.count(1)
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
+"""Linux gives a process 65,530 memory maps. A compiled definition takes a dozen, and without one the compiler crashes."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Forget what was compiled before memory maps run out."""
+    if next(FINISHED) % 50 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        reference.forget_compiled()
+        gc.collect()

@@ -161,6 +161,51 @@ def test_a_tile_that_is_closed_for_some_chunks_is_left_out_of_them_only():
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_pieces_give_the_bits_of_one_run_where_a_tile_is_closed_in_one_of_them():
+    x, u, v, _, s = example(rank=40, length=96, dtype=torch.float32)
+    a = 0.9 + 0.1 * decays(*u.shape, dtype=torch.float32)
+    u[:, :64, 16:], v[:, :64, 16:] = 0.0, 0.0
+    ids = torch.tensor([0] * 5 + [1] * 91)
+    for given in (None, ids):
+        whole, last = operator(x, u, v, a, s, given, chunk=16)
+        parts, state = [], s
+        for piece in (slice(0, 64), slice(64, 96)):
+            part = None if given is None else given[piece]
+            y, state = operator(*(z[:, piece] for z in (x, u, v, a)), state, part, chunk=16)
+            parts.append(y)
+        assert last[:, 16:].any()
+        assert torch.equal(torch.cat(parts, 1), whole)
+        assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("run", [None, torch.zeros(2, 3, 8, dtype=torch.int64, device="meta")])
+def test_off_the_cpu_nothing_waits_for_a_number(run):
+    x, u, v, a = (z.unflatten(1, (-1, 8)).to("meta") for z in example(length=24)[:4])
+    y, state = eager.operate(x, u, v, a, drawn(2, 20, 4).to("meta"), run)
+    assert y.shape == x.shape
+    assert state.shape == (2, 20, 4)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("ids", [[0] * 50, [0] * 13 + [1] * 9 + [0] * 28])
+def test_off_the_cpu_an_input_that_is_not_finite_reaches_what_it_reaches_in_the_loop(monkeypatch, value, ids):
+    x, u, v, a, s = example(rank=20)
+    u[:, 30:, 1] = v[:, 30:, 1] = 0.0
+    x[0, 6, 1] = x[1, 20, 2] = x[0, 40, 0] = value
+    monkeypatch.setattr(eager, "_readable", lambda _: False)
+    y, last = operator(x, u, v, a, s, torch.tensor(ids), chunk=8)
+    state, begins = s, [t for t in range(1, 50) if ids[t] != ids[t - 1]]
+    for first, end in zip([0, *begins], [*begins, 50], strict=True):
+        state = state if first == 0 else 0 * s
+        wanted, state = by_loop(*(z[:, first:end] for z in (x, u, v, a)), state)
+        held = wanted.isfinite()
+        assert torch.equal(y[:, first:end].isfinite(), held)
+        assert torch.allclose(y[:, first:end][held], wanted[held], rtol=1e-12, atol=1e-12)
+    held = state.isfinite()
+    assert torch.equal(last.isfinite(), held)
+    assert torch.allclose(last[held], state[held], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_streams_in_float32_when_the_state_is_float32(dtype):
     x, one = torch.full((1, 3000, 1), 2.0**-10, dtype=dtype), torch.ones(1, 3000, 1, dtype=dtype)

@@ -43,6 +43,13 @@ def gradients(pair: OpPair, inputs: Inputs, cotangents: tuple[np.ndarray, ...], 
     return {position: np.asarray(g) for position, g in zip(positions, pulled, strict=True)}
 
 
+def forget_compiled() -> None:
+    """Drop every compiled definition; the next use compiles again."""
+    for cache in (_compiled, _pullback, _batched):
+        cache.cache_clear()
+    jax.clear_caches()
+
+
 def present(pair: OpPair, inputs: Inputs) -> tuple[int, ...]:
     """Return the ``wrt`` positions whose argument is not ``None`` here."""
     return tuple(position for position in pair.wrt if is_array(inputs.arguments[position]))

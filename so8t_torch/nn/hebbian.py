@@ -6,7 +6,7 @@
 
 Symbols: x activations (B, N, D); H heads, keys of K = V = head_dim channels, k̂ a key of norm one; Γ ≥ γ decay rates per
 unit of time; S (B, H, K, V) the state, an argument and a result and never an attribute, float32 or float64.
-Under autocast the projections are rounded; rates and the recurrence are not.
+Under autocast the projections to q, k, v and the output are rounded; rates, strengths and the recurrence are not.
 Cost: four projections and ``ops.hebbian``. Operation: so8t_torch/ops/hebbian. Derivation: docs/math/hebbian.md.
 """
 
@@ -152,7 +152,7 @@ class DissipativeHebbianLayer(nn.Module):
 
         Args:
             x: activations of the dtype of the parameters; any floating dtype under autocast.
-            state: what the call on the tokens before returned; ``None`` at the start of a document.
+            state: what the call on the tokens before returned; ``None``, or zeros in a row, at the start of a document.
             segment_ids: the memory is empty where the number changes.
             padding_mask: False where a token is padding: it neither writes nor forgets, whatever stands there.
             gamma: Γ of every token and head, exactly where ``own_decay`` is off.
@@ -201,9 +201,16 @@ class DissipativeHebbianLayer(nn.Module):
 
         Raises:
             ConfigError: the layer was built without feedback.
+            ShapeError: the state has not a matrix of each head.
         """
         if self.feedback_weight is None or self.feedback_gate is None:
             raise ConfigError("DissipativeHebbianLayer: expected feedback_channels of 1 or more for a feedback.")
+        matrices = self.num_heads, self.head_dim, self.head_dim
+        if state.ndim != 4 or state.shape[1:] != matrices:
+            raise ShapeError(
+                f"DissipativeHebbianLayer: expected a state (B, {', '.join(map(str, matrices))}), "
+                f"got {tuple(state.shape)}."
+            )
         with torch.autocast(state.device.type, enabled=False):
             weight, gate = self.feedback_weight.to(state.dtype), self.feedback_gate.to(state.dtype)
             return gate * torch.einsum("bhkv,ckv->bc", state, weight) / self.num_heads
@@ -246,7 +253,8 @@ class DissipativeHebbianLayer(nn.Module):
         if self.rule == "hebb":
             options = {name: value for name, value in self._options().items() if name != "rule"}
             bound = hebbian.state_bound(k, v, rate, eta, state, segment_ids, **options)
-            found |= {"bound": bound, "within_bound": (2 * balance.energy).sqrt() <= (1 + slack) * bound}
+            # rounding may leave the energy of a state that has been erased below zero
+            found |= {"bound": bound, "within_bound": (2 * balance.energy).clamp(min=0).sqrt() <= (1 + slack) * bound}
         return found
 
     def extra_repr(self) -> str:
@@ -271,7 +279,7 @@ class DissipativeHebbianLayer(nn.Module):
         kind = accumulation_dtype(x.dtype)
         if gamma is None:
             assert self.gamma_proj is not None
-            gamma = self.base_decay + softplus(self.gamma_proj(x).to(kind))
+            gamma = self.base_decay + softplus(_unrounded(self.gamma_proj, x, kind))
         decay, eta = gamma.to(kind) * self.dt, self._strength(x, kind)
         if self.discretization == "zoh":
             eta = eta * self.dt
@@ -283,7 +291,7 @@ class DissipativeHebbianLayer(nn.Module):
         """Return η (B, N, H)."""
         shape = (*x.shape[:2], self.num_heads)
         if self.eta_proj is not None:
-            return self.eta * torch.sigmoid(self.eta_proj(x).to(kind))
+            return self.eta * torch.sigmoid(_unrounded(self.eta_proj, x, kind))
         if self.eta_raw is not None:
             return softplus(self.eta_raw.to(kind)).expand(shape)
         return torch.full(shape, self.eta, dtype=kind, device=x.device)
@@ -329,6 +337,12 @@ class DissipativeHebbianLayer(nn.Module):
             raise ShapeError(
                 f"DissipativeHebbianLayer: expected gamma {(*x.shape[:2], self.num_heads)}, got {tuple(gamma.shape)}."
             )
+
+
+def _unrounded(projection: nn.Linear, x: Tensor, kind: torch.dtype) -> Tensor:
+    """Return a projection in the dtype of its parameters, autocast or not: a rate of 10⁻⁴ is a logit of −9 ± 2⁻⁵."""
+    with torch.autocast(x.device.type, enabled=False):
+        return projection(x.to(projection.weight.dtype)).to(kind)
 
 
 def _check_sizes(d_model: int, num_heads: int, head_dim: int, feedback_channels: int, eta_mode: str) -> None:

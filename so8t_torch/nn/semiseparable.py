@@ -97,7 +97,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
     ) -> None:
         super().__init__()
         hidden = max(d_model // 4, min_rank) if gate_hidden_dim is None else gate_hidden_dim
-        _check(d_model, max_rank, min_rank, hidden, band_width, l1_regularization)
+        _check(d_model, max_rank, min_rank, hidden, band_width, l1_regularization, chunk)
         _check_choices(core, decays, adaptive_time_step)
         self.d_model, self.max_rank, self.min_rank, self.active_rank = d_model, max_rank, min_rank, max_rank
         self.l1_regularization, self.core, self.decays, self.chunk, self.hard = (
@@ -183,7 +183,8 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
 
         Args:
             x: activations.
-            state: ``diagnostics["state"]`` of the tokens before; none by default.
+            state: ``diagnostics["state"]`` of the tokens before; none by default. It belongs to the sequence of the
+                first token: where another one begins there, give none, or zeros in that row.
             segment_ids: equal numbers for the tokens of one sequence of a packed row; nothing crosses between two.
             generator: of the noise of mode ``"gumbel"`` in training; the default generator of the device without.
 
@@ -279,8 +280,8 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         )
 
 
-def _check(d_model: int, max_rank: int, min_rank: int, hidden: int, band_width: int, l1: float) -> None:
-    """Raise unless the sizes are positive and the ranks in order."""
+def _check(d_model: int, max_rank: int, min_rank: int, hidden: int, band_width: int, l1: float, chunk: int) -> None:
+    """Raise unless the sizes are positive, the ranks in order and the chunk a power of two."""
     if min(d_model, hidden, band_width) < 1:
         raise ConfigError(
             "AdaptiveRankSemiseparableLayer: expected d_model, gate_hidden_dim and band_width of at least 1, "
@@ -292,6 +293,8 @@ def _check(d_model: int, max_rank: int, min_rank: int, hidden: int, band_width: 
         )
     if not 0.0 <= l1 < math.inf:
         raise ConfigError(f"AdaptiveRankSemiseparableLayer: expected l1_regularization ≥ 0, got {l1!r}.")
+    if chunk < 1 or chunk & (chunk - 1):
+        raise ConfigError(f"AdaptiveRankSemiseparableLayer: expected a chunk that is a power of two, got {chunk!r}.")
 
 
 def _check_choices(core: str, decays: str, adaptive_time_step: bool) -> None:

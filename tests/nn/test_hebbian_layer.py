@@ -166,6 +166,17 @@ def test_the_books_balance(options):
         assert books["within_bound"].all()
 
 
+def test_a_memory_that_is_erased_stays_within_its_bound():
+    for seed in range(20):
+        module, x = layer(torch.float32, own_decay=False, discretization="euler"), drawn(1, 1, WIDTH, seed=seed).float()
+        gamma = torch.zeros(1, 1, 2)
+        _, state = module(x, gamma=gamma)
+        books = module.monitor(x, -state, gamma=gamma)
+        assert books["energy"].abs().max() < 1e-6 * books["bound"].square().max()
+        assert books["within_bound"].all()
+        assert not module.monitor(x, -state, gamma=gamma, slack=-1.01)["within_bound"].any()
+
+
 def test_feedback_starts_closed_and_opens():
     module, x = layer(feedback_channels=3), drawn(1, 5, WIDTH)
     _, state = module(x)
@@ -199,6 +210,30 @@ def test_under_autocast_only_projections_are_rounded():
     assert (found.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_under_autocast_rates_and_strengths_are_not_rounded(kind):
+    module = layer(torch.float32, eta_mode="token", key_norm="none")
+    x = drawn(1, 40, WIDTH, dtype=torch.float32).to(kind)
+    wide = x.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rate, strength = module._tokens(x, None, None)[3:]
+    logits = (wide @ p.weight.T + p.bias for p in (module.gamma_proj, module.eta_proj))
+    gamma, gate = torch.log1p(next(logits).exp()), torch.sigmoid(next(logits))
+    assert rate.dtype == strength.dtype == torch.float32
+    assert torch.allclose(rate, 1e-4 + gamma, rtol=1e-5)
+    assert torch.allclose(strength, 0.1 * gate, rtol=1e-5)
+
+
+def test_no_rows_give_no_rows():
+    module = layer()
+    y, state = module(drawn(0, 5, WIDTH))
+    assert y.shape == (0, 5, WIDTH)
+    assert state.shape == (0, 2, 4, 4)
+    y, state = module(drawn(0, 5, WIDTH), state)
+    (y.sum() + state.sum()).backward()
+    assert not module.k_proj.weight.grad.any()
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -227,6 +262,8 @@ def test_bad_arguments_are_refused():
         module(x, gamma=torch.ones(1, 4, 2))
     with pytest.raises(ConfigError, match="feedback_channels"):
         module.potential_feedback(torch.zeros(1, 2, 4, 4))
+    with pytest.raises(ShapeError, match=r"state \(B, 2, 4, 4\)"):
+        layer(feedback_channels=1).potential_feedback(torch.zeros(1, 3, 4, 4))
     given = layer(own_decay=False)
     with pytest.raises(ConfigError, match="own_decay"):
         given(x)

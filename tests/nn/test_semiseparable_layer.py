@@ -204,6 +204,8 @@ def test_bad_options_and_inputs_are_refused():
         ({"decays": "other"}, "decays out of"),
         ({"decays": "none", "adaptive_time_step": True}, "does nothing"),
         ({"l1_regularization": -1.0}, "l1_regularization"),
+        ({"chunk": 3}, "power of two"),
+        ({"chunk": 0, "core": "compat"}, "power of two"),
     ):
         with pytest.raises(ConfigError, match=match):
             layer(**options)

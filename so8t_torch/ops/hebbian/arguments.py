@@ -203,11 +203,11 @@ def _check(
         fits(op, name, x, (*batch, length, heads), "give one number per token and head, (H,) or (T, 1)")
     check_kinds(op, k=k, v=v, decay=decay, eta=eta, initial=initial)
     if initial is not None:
-        fits(op, "an initial state", initial, (*batch, heads, k.shape[-1], width), "give a matrix (K, V) per head")
-        if tuple(initial.shape[-3:]) != (heads, k.shape[-1], width):
+        state = heads, k.shape[-1], width
+        fits(op, "an initial state", initial, (*batch, *state), "give a matrix (K, V) per head")
+        if tuple(initial.shape[-3:]) != state:
             raise ShapeError(
-                f"hebbian.{op}: expected an initial state of shape {(*batch, heads, k.shape[-1], width)}, "
-                f"got {tuple(initial.shape)}."
+                f"hebbian.{op}: expected an initial state with the last axes {state}, got {tuple(initial.shape)}."
             )
     if segment_ids is None:
         return

@@ -101,12 +101,12 @@ def operate(
     """Return y (N, n, L, D) and the last state (N, R, D), one chunk after the other; not differentiable.
 
     Tiles of rank channels are added up one by one, so that a closed tile can be left out without changing a bit: a
-    later token that opens it changes nothing before. An input that is not a number touches its own column, from its
-    own token on.
+    later token that opens it changes nothing before. An input that is not finite touches its own column, from its own
+    token on: as in the loop on the CPU, and as NaN off it, where looking at it would wait for the device.
     """
     wild = _wild(x)
     inputs = x if wild is None else torch.where(wild, 0.0, x)
-    y = allocate(tuple(x.shape), x.dtype) if x.device.type == "cpu" else torch.empty_like(x)
+    y = allocate(tuple(x.shape), x.dtype) if _readable(x) else torch.empty_like(x)
     states = [state.clone() for state in initial.split(RANK_TILE, 1)]
     within, tiles = None, []
     for place, (state, *given) in enumerate(zip(states, *(z.split(RANK_TILE, -1) for z in (u, v, decay)), strict=True)):
@@ -124,9 +124,10 @@ def operate(
         target.baddbmm_(within[:, c], inputs[:, c], beta=0.0)
         for tile in tiles:
             tile.advance(c, target, inputs[:, c], runs)
-        if wild is not None:
+        if wild is not None and _readable(x):
             _add_wild(c, target, x[:, c], wild[:, c], within[:, c], tiles, runs)
-    return y, torch.cat(states, 1)
+    final = torch.cat(states, 1)
+    return (y, final) if wild is None or _readable(x) else _spoiled(y, final, wild, run)
 
 
 class Tile:
@@ -141,7 +142,8 @@ class Tile:
         self.state = state
         self.reads, self.writes, self.totals = (z.unbind(1) for z in parts[1:])
         self.reading, self.writing = (_used(z) for z in parts[1:3])
-        self.finite, self.fading = False, math.isfinite(parts.totals.sum())
+        self.readable, self.finite = _readable(state), False
+        self.fading = self.readable and math.isfinite(parts.totals.sum())
 
     def advance(self, c: int, y: Tensor, x: Tensor, run: Tensor | None) -> None:
         """Add what chunk c reads to y (N, L, D), and write its inputs."""
@@ -163,30 +165,40 @@ class Tile:
 
     def _is_finite(self) -> bool:
         # a finite state fades without ceasing to be one; a sum that overflows only costs the reading of zeros
-        self.finite = (self.finite and self.fading) or math.isfinite(self.state.sum())
+        self.finite = self.readable and ((self.finite and self.fading) or math.isfinite(self.state.sum()))
         return self.finite
+
+
+def _readable(x: Tensor) -> bool:
+    """Return whether numbers can be looked at without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def _closed(state: Tensor, u: Tensor, v: Tensor, decay: Tensor) -> bool:
     """Return whether a tile is neither written nor read by any token, and holds numbers; not looked at off the CPU."""
-    if state.device.type != "cpu" or u.any() or v.any():
+    if not _readable(state) or u.any() or v.any():
         return False
     return math.isfinite(state.sum()) and math.isfinite(decay.sum())
 
 
 def _faded(state: Tensor, decay: Tensor, run: Tensor | None) -> Tensor:
-    """Return the state (N, r, D) of a closed tile after all chunks."""
-    state = state * decay.prod(2).prod(1)[..., None]
+    """Return the state (N, r, D) of a closed tile after all chunks, to the bit as if it were not left out."""
+    while decay.shape[2] > 1:
+        decay = decay[:, :, 0::2] * decay[:, :, 1::2]
+    for total in decay[:, :, 0].unbind(1):
+        state = state * total[..., None]
     return state if run is None else state.masked_fill((run[..., -1] != 0).any(1)[:, None, None], 0.0)
 
 
 def _used(z: Tensor) -> list[bool]:
     """Return for which chunks (N, n, L, r) holds anything but zeros; for all of them off the CPU."""
-    return z.any(2).any(-1).any(0).tolist() if z.device.type == "cpu" else [True] * z.shape[1]
+    return z.any(2).any(-1).any(0).tolist() if _readable(z) else [True] * z.shape[1]
 
 
 def _wild(x: Tensor) -> Tensor | None:
-    """Return where x is not finite, or None where it is finite throughout."""
+    """Return where x is not finite, or None where it is finite throughout, which is looked for on the CPU alone."""
+    if not _readable(x):
+        return ~x.isfinite()
     if not x.numel():
         return None
     low, high = torch.aminmax(x)
@@ -207,6 +219,18 @@ def _add_wild(
         for tile in tiles:
             tile.state[row] += torch.where(stays, tile.writes[c][row, s, :, None] * alone, 0.0)
             tile.finite = False
+
+
+def _spoiled(y: Tensor, state: Tensor, wild: Tensor, run: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return y and the state with NaN in the column of an input that is not finite, from there to its segment's end."""
+    token = torch.arange(1, 1 + y.shape[1] * y.shape[2], device=y.device)
+    reached = torch.where(wild.flatten(1, 2), token[:, None], 0).cummax(1).values
+    if run is not None:
+        begins = (run.diff(dim=-1, prepend=torch.zeros_like(run[..., :1])) > 0).flatten(1)
+        begun = torch.where(begins, token, 0).cummax(1).values
+        reached = torch.where(reached >= begun[..., None], reached, 0)
+    rows = torch.where(reached > 0, torch.nan, y.flatten(1, 2))
+    return rows.reshape(y.shape), torch.where(reached[:, -1:] > 0, torch.nan, state)
 
 
 def gradient(
