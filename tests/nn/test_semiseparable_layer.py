@@ -195,6 +195,15 @@ def test_it_compiles_into_one_graph():
     assert module.log_rates.grad.any()
 
 
+@pytest.mark.parametrize("core", ["operator", "compat"])
+def test_one_graph_serves_every_length(core):
+    module = layer(torch.float32, core=core)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (9, 22):
+        x, ids = drawn(2, length, WIDTH, dtype=torch.float32), (torch.arange(length) // 5).expand(2, length)
+        assert torch.allclose(compiled(x, None, ids)[0], module(x, None, ids)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_bad_options_and_inputs_are_refused():
     for options, match in (
         ({"min_rank": 0}, "min_rank"),

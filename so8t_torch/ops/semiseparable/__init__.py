@@ -291,7 +291,7 @@ def _check_kind(name: str, x: Tensor, **others: Tensor) -> None:
 def _fits(name: str, what: str, x: Tensor, shape: tuple[int, ...], advice: str) -> None:
     """Raise unless x broadcasts to a shape."""
     sizes = tuple(x.shape)
-    if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], shape[::-1], strict=False)):
+    if len(sizes) > len(shape) or any(n != 1 and n != m for n, m in zip(sizes[::-1], shape[::-1], strict=False)):
         raise ShapeError(
             f"semiseparable.{name}: expected {what} of shape {shape} or one that broadcasts to it, got {sizes}; "
             f"{advice}."
