@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 FINISHED = itertools.count(1)
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
-"""Linux gives a process 65,530 memory maps. A compiled definition takes a dozen, and without one the compiler crashes."""
+"""A process has 65,530 memory maps on Linux, a compiled definition takes a dozen, and the compiler crashes without."""
 
 
 @pytest.hookimpl(trylast=True)

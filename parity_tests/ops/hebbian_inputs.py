@@ -6,6 +6,7 @@ import numpy as np
 import scipy.special
 
 from parity_tests.harness.pair import Example, Size, Strategy
+from so8t_jax.ops.hebbian import Balance
 
 Array = np.ndarray
 
@@ -150,7 +151,7 @@ def balance_by_states(
     rule: str = "hebb",
     discretization: str = "euler",
     key_norm: str = "l2",
-) -> tuple[Array, ...]:
+) -> Balance:
     """Return energies of states before and after each token, and what decay alone and writing alone do to them."""
     states, a = states_by_products(k, v, decay, eta, initial, segment_ids, rule, discretization, key_norm)
     energy = (states**2).sum((-2, -1)) / 2
@@ -158,7 +159,7 @@ def balance_by_states(
     if segment_ids is not None:
         entering[1:][segment_ids[1:] != segment_ids[:-1]] = 0.0
     decayed = a**2 * entering
-    return energy[1:], entering, entering - decayed, energy[1:] - decayed
+    return Balance(energy[1:], entering, entering - decayed, energy[1:] - decayed)
 
 
 def bound_by_sums(

@@ -88,7 +88,7 @@ def hebbian(
     chosen = choose(
         "hebbian", backend, _candidates(rule, q, k, v, decay, eta, *(() if initial is None else (initial,)))
     )
-    flat = given.rows(q), keys, given.v, given.log_decay, strength, given.initial, given.restart
+    flat = arguments.rows(given, q), keys, given.v, given.log_decay, strength, given.initial, given.restart
     with torch.autocast(v.device.type, enabled=False):
         if chosen == "eager":
             y, final = eager.recurrence(*flat, delta=rule == "delta")

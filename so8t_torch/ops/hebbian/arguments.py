@@ -45,9 +45,10 @@ class Prepared(NamedTuple):
     restart: Tensor | None
     batch: tuple[int, ...]
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Return x (..., T, H, ·) as (N, T, H, ·)."""
-        return x.reshape(math.prod(self.batch), *x.shape[len(self.batch) :])
+
+def rows(given: Prepared, x: Tensor) -> Tensor:
+    """Return x (..., T, H, ·) as (N, T, H, ·)."""
+    return x.reshape(math.prod(given.batch), *x.shape[len(given.batch) :])
 
 
 def prepare(
@@ -207,7 +208,8 @@ def _check(
         fits(op, "an initial state", initial, (*batch, *state), "give a matrix (K, V) per head")
         if tuple(initial.shape[-3:]) != state:
             raise ShapeError(
-                f"hebbian.{op}: expected an initial state with the last axes {state}, got {tuple(initial.shape)}."
+                f"hebbian.{op}: expected an initial state of shape {(*batch, *state)}, "
+                f"got {tuple(initial.shape)}."
             )
     if segment_ids is None:
         return

@@ -60,20 +60,6 @@ class Weights(NamedTuple):
     enter: Tensor
     dropped: Tensor | None
 
-    def of_state(self, x: Tensor) -> Tensor:
-        """Return x (n, h, c, ·), a product with the state that entered, decayed to each token."""
-        found = self.enter * x
-        return found if self.dropped is None else torch.where(self.dropped, 0.0, found)
-
-    def through(self, state: Tensor) -> Tensor:
-        """Return what is left of the state (n, h, k, v) behind the chunk."""
-        found = self.enter[..., -1:, :] * state
-        return found if self.dropped is None else torch.where(self.dropped[..., -1:, :], 0.0, found)
-
-    def leave(self) -> Tensor:
-        """Return the decay of each token's write behind the chunk (n, h, c, 1)."""
-        return self.pair[..., -1:]
-
 
 def recurrence(
     q: Tensor,
@@ -168,8 +154,8 @@ def read_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -
     weights = decays(part.log_decay, restart)
     written = part.eta[..., None] * (innovations(part, state, weights) if delta else part.v)
     scores = (part.k @ part.q.mT).mul_(weights.pair)
-    y = (scores.mT @ written).add_(weights.of_state(part.q @ state))
-    return y, weights.through(state) + (part.k * weights.leave()).mT @ written
+    y = (scores.mT @ written).add_(of_state(weights, part.q @ state))
+    return y, through(weights, state) + (part.k * leave(weights)).mT @ written
 
 
 def decays(log_decay: Tensor, restart: Tensor | None) -> Weights:
@@ -190,10 +176,27 @@ def _before(restart: Tensor | None, size: int, device: torch.device | None = Non
     return (segment[:, None, None, :] == segment[:, None, :, None]).triu()
 
 
+def of_state(weights: Weights, x: Tensor) -> Tensor:
+    """Return x (n, h, c, ·), a product with the state that entered, decayed to each token."""
+    found = weights.enter * x
+    return found if weights.dropped is None else torch.where(weights.dropped, 0.0, found)
+
+
+def through(weights: Weights, state: Tensor) -> Tensor:
+    """Return what is left of the state (n, h, k, v) behind the chunk."""
+    found = weights.enter[..., -1:, :] * state
+    return found if weights.dropped is None else torch.where(weights.dropped[..., -1:, :], 0.0, found)
+
+
+def leave(weights: Weights) -> Tensor:
+    """Return the decay of each token's write behind the chunk (n, h, c, 1)."""
+    return weights.pair[..., -1:]
+
+
 def innovations(part: Part, state: Tensor, weights: Weights) -> Tensor:
     """Return U of the delta rule: values less what the state reads under their keys when they arrive."""
     overlap = ((part.k @ part.k.mT) * weights.pair).mT.tril(-1) * part.eta[..., None, :]
-    target = part.v - weights.of_state(part.k @ state)
+    target = part.v - of_state(weights, part.k @ state)
     return torch.linalg.solve_triangular(overlap, target, upper=False, unitriangular=True)
 
 
@@ -269,25 +272,25 @@ def _adjoint(
     """
     q, k, v, log_decay, eta = part
     weights = decays(log_decay, restart)
-    leave, strength = weights.leave(), eta[..., None]
+    leaving, strength = leave(weights), eta[..., None]
     values = innovations(part, state, weights) if delta else v
     written = strength * values
     read, asked = (k @ q.mT).mul_(weights.pair), written @ grad.mT
     inside, across = read @ grad, (read * asked).triu_(1)
-    scores, dread = asked.mul_(weights.pair), weights.of_state(grad @ state.mT)
+    scores, dread = asked.mul_(weights.pair), of_state(weights, grad @ state.mT)
     dq = (scores.mT @ k).add_(dread)
-    dk = (scores @ q).add_(leave * (written @ passed.mT))
-    outside = leave * (k @ passed)
+    dk = (scores @ q).add_(leaving * (written @ passed.mT))
+    outside = leaving * (k @ passed)
     beyond = (written * outside).sum(-1)
     crossing = (q * dread).sum(-1)
     dwritten = inside.add_(outside)
     dv, deta = strength * dwritten, (values * dwritten).sum(-1)
-    entered = weights.through(passed) + weights.of_state(q).mT @ grad
+    entered = through(weights, passed) + of_state(weights, q).mT @ grad
     if delta:
         dv, solved = _adjoint_of_innovations(part, state, weights, values, dv)
         for total, more in zip((dk, deta, across, crossing, entered), solved, strict=True):
             total.add_(more)
-    kept = weights.through(state).mul_(passed).sum((-2, -1))[..., None]
+    kept = through(weights, state).mul_(passed).sum((-2, -1))[..., None]
     dlog_decay = kept + (beyond.cumsum(-1) - beyond) + _from_here(crossing) + _from_here(across).triu_(1).sum(-2)
     return [dq, dk, dv, dlog_decay, deta, entered]
 
@@ -305,9 +308,9 @@ def _adjoint_of_innovations(
     dsystem = (dv @ values.mT).tril(-1).neg_()
     shares = dsystem * overlap
     pairs = (dsystem * eta) * weights.pair.mT
-    read = weights.of_state(k @ state)
-    dk = pairs @ k + pairs.mT @ k - weights.of_state(dv @ state.mT)
-    return dv, (dk, shares.sum(-2), (shares * eta).mT, -(dv * read).sum(-1), -(weights.of_state(k).mT @ dv))
+    read = of_state(weights, k @ state)
+    dk = pairs @ k + pairs.mT @ k - of_state(weights, dv @ state.mT)
+    return dv, (dk, shares.sum(-2), (shares * eta).mT, -(dv * read).sum(-1), -(of_state(weights, k).mT @ dv))
 
 
 def _from_here(x: Tensor) -> Tensor:

@@ -80,24 +80,26 @@ def energy_balance(
         ShapeError, DomainError, ConfigError: as ``hebbian``.
 
     Numerics:
-        A number that is not finite spoils the figures of its whole chunk of 64 tokens.
+        A number that is not finite spoils the figures of its whole chunk of 64 tokens. Under the rule "delta", whose
+        triangular systems amplify rounding, the books are kept in float64 and rounded once.
     """
     arguments.check_options("energy_balance", rule=rule, discretization=discretization, key_norm=key_norm)
     given = arguments.prepare("energy_balance", k, v, decay, eta, initial, segment_ids, discretization)
-    kind = accumulation_dtype(v.dtype)
+    kind = torch.float64 if rule == "delta" else accumulation_dtype(v.dtype)
     keys = arguments.unit(given.k) if key_norm == "l2" else given.k.to(kind)
+    values = given.v.to(kind)
     state = v.new_zeros(len(keys), *k.shape[-2:], v.shape[-1], dtype=kind)
     state = state if given.initial is None else given.initial.to(kind)
     found = []
     whole = slice(None)
     with torch.autocast(v.device.type, enabled=False):
         for t in eager.chunks(v.shape[-3], rule == "delta"):
-            part = eager.part_of(keys, keys, given.v, given.log_decay, given.eta, whole, t)
+            part = eager.part_of(keys, keys, values, given.log_decay, given.eta, whole, t)
             restart = None if given.restart is None else given.restart[:, t]
             balance, state = _of_chunk(part, state, restart, rule == "delta")
             found.append(balance)
     columns = (torch.cat(rows, -1).mT for rows in zip(*found, strict=True))
-    return Balance(*(x.reshape(v.shape[:-1]) for x in columns))
+    return Balance(*(x.reshape(v.shape[:-1]).to(accumulation_dtype(v.dtype)) for x in columns))
 
 
 def state_bound(
@@ -149,7 +151,7 @@ def _of_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) ->
     values = eager.innovations(part, state, weights) if delta else part.v
     written = part.eta[..., None] * values
     alike, under = keys @ keys.mT, keys @ state
-    entered = weights.of_state(torch.ones_like(part.eta)[..., None])[..., 0]
+    entered = eager.of_state(weights, torch.ones_like(part.eta)[..., None])[..., 0]
     first = state.square().sum((-2, -1))[..., None]
     pairs = ((pair @ (alike * (written @ written.mT))) * pair).sum(-1)
     mixed = (pair @ (under * written).sum(-1, keepdim=True))[..., 0]
@@ -157,10 +159,10 @@ def _of_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) ->
     before = torch.cat([first / 2, energy[..., :-1]], -1)
     if restart is not None:
         before = torch.where(restart[:, None], 0.0, before)
-    read = (alike * pair).tril(-1) @ written + weights.of_state(under)
+    read = (alike * pair).tril(-1) @ written + eager.of_state(weights, under)
     supply = (written * read).sum(-1) + keys.square().sum(-1) * written.square().sum(-1) / 2
     dissipation = (1 - retention.square()) * before
-    after = weights.through(state) + (keys * weights.leave()).mT @ written
+    after = eager.through(weights, state) + (keys * eager.leave(weights)).mT @ written
     return Balance(energy, before, dissipation, supply), after
 
 
