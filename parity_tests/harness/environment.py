@@ -17,7 +17,7 @@ import torch
 import typeguard
 
 CHECKED_ROOMS = ("so8t_jax", "so8t_torch.ops")
-UNCHECKED_FILES = ("kernels", ".autograd")
+UNCHECKED_FILES = ("kernels", ".autograd", ".reversible")
 
 
 def prepare() -> None:
