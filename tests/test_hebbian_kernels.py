@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(not interpreting(), reason="needs a process started with TRITON_INTERPRET=1"),
 ]
-kernels = pytest.importorskip("so8t_torch.ops.hebbian.kernels")
+pytest.importorskip("triton")
+kernels = importlib.import_module("so8t_torch.ops.hebbian.kernels")
 GIVEN = ("q", "k", "v", "log_decay", "eta", "initial")
 ROUNDING = {torch.float64: 4e-15, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 

@@ -1,5 +1,6 @@
 """Launchers of the chain's kernels, interpreted: blocks, parts and lanes against loops in NumPy."""
 
+import importlib
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,8 @@ pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(not interpreting(), reason="needs a process started with TRITON_INTERPRET=1"),
 ]
-kernels = pytest.importorskip("so8t_torch.ops.tridiagonal.kernels")
+pytest.importorskip("triton")
+kernels = importlib.import_module("so8t_torch.ops.tridiagonal.kernels")
 SITES = 2
 BLOCK = 4 * SITES
 """Sites of a block of the fewest lanes."""

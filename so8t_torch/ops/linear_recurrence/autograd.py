@@ -7,15 +7,13 @@ public functions take the plain form there.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from so8t_torch.core.forward_mode import register_autograd
+from so8t_torch.core.operators import define
 from so8t_torch.ops.linear_recurrence import eager
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -48,33 +46,12 @@ def _gradient(
     return eager.gradient_blocked(grad, grad_final, a, h, initial, restart, reverse)
 
 
-@functools.cache
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
-
-
-def _register(name: str, function: Callable[..., Any], schema: str) -> Any:
-    """Register an operation for every device, and return it.
-
-    ``torch.library.custom_op`` would load the compiler (seconds) at the first call of a process that compiles nothing.
-    """
-
-    def run(*arguments: Any) -> Any:
-        body = _untraced(function) if "torch._dynamo" in sys.modules else function
-        return body(*arguments)
-
-    qualified = f"so8t::{name}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "default", run)
-    return getattr(torch.ops.so8t, name).default
-
-
-recurrence = _register(
+recurrence = define(
     "linear_recurrence",
     _recurrence,
     "(Tensor a, Tensor b, Tensor? initial, Tensor? restart, bool reverse, str backend) -> (Tensor, Tensor)",
 )
-gradient = _register(
+gradient = define(
     "linear_recurrence_gradient",
     _gradient,
     "(Tensor grad, Tensor grad_final, Tensor a, Tensor? h, Tensor? initial, Tensor? restart, bool reverse, "

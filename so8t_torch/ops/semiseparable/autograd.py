@@ -7,15 +7,13 @@ registered operation; the public function takes the plain form there. Autocast i
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from so8t_torch.core.forward_mode import register_autograd
+from so8t_torch.core.operators import define
 from so8t_torch.ops.semiseparable import eager
 
 
@@ -26,24 +24,11 @@ def _chunked(
         return eager.operate(x, u, v, decay, initial, run)
 
 
-@functools.cache
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
-
-
-def _run(*arguments: Any) -> Any:
-    # ``torch.library.custom_op`` would load the compiler (seconds) at the first call of a process without it
-    body = _untraced(_chunked) if "torch._dynamo" in sys.modules else _chunked
-    return body(*arguments)
-
-
-torch.library.define(
-    "so8t::semiseparable_chunks",
+chunked = define(
+    "semiseparable_chunks",
+    _chunked,
     "(Tensor x, Tensor u, Tensor v, Tensor decay, Tensor initial, Tensor? run) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.impl("so8t::semiseparable_chunks", "default", _run)
-chunked = torch.ops.so8t.semiseparable_chunks.default
 
 
 @torch.library.register_fake(chunked)

@@ -8,8 +8,6 @@ inside, forward and backward: every sum is carried in the dtype that the operati
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from so8t_torch.core.errors import DomainError
 from so8t_torch.core.forward_mode import register_autograd
+from so8t_torch.core.operators import define
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.tensor_train import eager, head
 
@@ -123,26 +122,14 @@ def _topk(hidden: Tensor, cores: list[Tensor], k: int, vocab_size: int) -> tuple
     return head.topk_tiled(hidden, cores, k, vocab_size)
 
 
-@functools.cache
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
-
-
 def _register(name: str, function: Callable[..., Any], schema: str) -> Any:
-    """Register an operation for every device, and return it.
-
-    ``torch.library.custom_op`` would load the compiler (seconds) at the first call of a process that compiles nothing.
-    """
+    """Define an operation of this room, which runs with autocast off."""
 
     def run(first: Tensor, *others: Any) -> Any:
-        body = _untraced(function) if "torch._dynamo" in sys.modules else function
         with without_autocast(first.device):
-            return body(first, *others)
+            return function(first, *others)
 
-    qualified = f"so8t::tensor_train_{name}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "default", run)
-    return getattr(torch.ops.so8t, f"tensor_train_{name}").default
+    return define(f"tensor_train_{name}", run, schema)
 
 
 checked = _register("checked", _checked, "(Tensor ids, int limit, int? allowed, str op, str what) -> Tensor")
