@@ -1,13 +1,13 @@
 """Fast weights in PyTorch: a plain differentiable loop, and chunks of tokens as matrix products on the CPU.
 
-    D_ts = e^{g_{s+1} + … + g_t}  for s ≤ t of one segment, else 0        g = −Γ = log a,  e_t = D_{t,−1}
-    Y = ((Q Kᵀ) ∘ D) W + e ∘ (Q S)        S′ = e_C S + (K ∘ D_C)ᵀ W        W = η U
+    D_ts = a_{s+1} ⋯ a_t  for s ≤ t of one segment, else 0        a = e^g, g = −Γ,  e_t = D_{t,−1},  K̂ = η K
+    Y = ((Q K̂ᵀ) ∘ D) U + e ∘ (Q S)        S′ = e_C S + (K̂ ∘ D_C)ᵀ U
     hebb: U = V        delta: (1 + tril(K Kᵀ ∘ D, −1) η) U = V − e ∘ (K S)
 
-S enters a chunk and S′ leaves it. The sum in an exponent runs over the terms between two tokens and over no others, so
-that one large rate does not drown the small ones around it; nothing is divided by a product of decays, and whatever
-comes later is left out by a choice, before anything is exponentiated. A product of matrices multiplies what is left
-out by zero, which says NaN where that is not finite: such a chunk is put right by the loop.
+S enters a chunk and S′ leaves it. A decay between two tokens is the product of the factors between them and of no
+others: nothing is divided by a product of decays, and one strong factor does not drown the weak ones around it. A
+product of matrices multiplies what is left out by zero, which says NaN where that is not finite: such a chunk is put
+right by the loop.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Part(NamedTuple):
-    """A chunk of c tokens for n rows and h heads, heads before tokens, as it is computed.
+    """A chunk of c tokens, b = rows × heads at a time, as it is computed.
 
     Attributes:
-        q: queries (n, h, c, k).
-        k: keys (n, h, c, k).
-        v: values (n, h, c, v).
-        log_decay: g (n, h, c).
-        eta: η (n, h, c).
+        q: queries (b, c, k).
+        k: keys (b, c, k).
+        v: values (b, c, v).
+        log_decay: g (b, c).
+        eta: η (b, c).
     """
 
     q: Tensor
@@ -51,9 +51,9 @@ class Weights(NamedTuple):
     """Decays between the tokens of a chunk.
 
     Attributes:
-        pair: Dᵀ (n, h, c, c), the earlier token first, as sums and products with it run fastest.
-        enter: e (n, h, c, 1), the decay of what entered the chunk.
-        dropped: where a segment began at or before the token (n, 1, c, 1), or nothing.
+        pair: Dᵀ (b, c, c), the earlier token first, as sums and products with it run fastest.
+        enter: e (b, c, 1), the decay of what entered the chunk.
+        dropped: where a segment began at or before the token (b, c, 1), or nothing.
     """
 
     pair: Tensor
@@ -107,15 +107,15 @@ def recurrence_chunked(
     """Return y, the last state (N, H, K, V) and the states (N, T/C, H, K, V) that enter the chunks."""
     y, start = torch.empty_like(v, memory_format=torch.contiguous_format), _start(initial, k, v)
     final = torch.empty_like(start, dtype=v.dtype if initial is None else initial.dtype)
-    states = start.new_empty((len(start), len(chunks(v.shape[1], delta)), *start.shape[1:]))
+    cuts = chunks(v.shape[1], delta)
+    states = start.new_empty((len(start), len(cuts), *start.shape[1:]))
     for n in rows_together(v, k):
-        state = start[n]
-        for place, t in enumerate(chunks(v.shape[1], delta)):
-            states[n, place] = state
-            part = part_of(q, k, v, log_decay, eta, n, t)
-            found, state = _finite_or_walked(part, state, _some(restart, n, t), delta)
-            y[n, t] = found.transpose(1, 2)
-        final[n] = state
+        state, columns = start[n].flatten(0, 1), heads_first(n, q, k, v, log_decay, eta)
+        for place, t in enumerate(cuts):
+            states[n, place] = state.view_as(start[n])
+            found, state = _finite_or_walked(part_of(columns, t), state, lanes(restart, n, t, v.shape[2]), delta)
+            y[n, t] = _tokens_first(found, y[n, t])
+        final[n] = state.view_as(final[n])
     return y, final, states
 
 
@@ -135,61 +135,65 @@ def gradient_chunked(
     inputs = q, k, v, log_decay, eta
     found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     dinitial = torch.empty_like(grad_final, memory_format=torch.contiguous_format)
-    kind = accumulation_dtype(v.dtype)
+    kind, cuts = accumulation_dtype(v.dtype), chunks(v.shape[1], delta)
     for n in rows_together(v, k):
-        passed = grad_final[n].to(kind)
-        for place, t in reversed(list(enumerate(chunks(v.shape[1], delta)))):
-            part, state, flags = part_of(*inputs, n, t), states[n, place], _some(restart, n, t)
-            arrived = grad[n, t].transpose(1, 2).to(kind, memory_format=torch.contiguous_format)
-            *grads, onward = _pulled(part, state, flags, arrived, passed, delta)
+        passed, columns, (arrivals,) = (
+            grad_final[n].to(kind).flatten(0, 1),
+            heads_first(n, *inputs),
+            heads_first(n, grad),
+        )
+        for place, t in reversed(list(enumerate(cuts))):
+            part, state, arrived = part_of(columns, t), states[n, place].flatten(0, 1), _chunk(arrivals, t, kind)
+            *grads, passed = _pulled(part, state, lanes(restart, n, t, v.shape[2]), arrived, passed, delta)
             for out, value in zip(found, grads, strict=True):
-                out[n, t] = value.transpose(1, 2)
-            passed = onward
-        dinitial[n] = passed
+                out[n, t] = _tokens_first(value, out[n, t])
+        dinitial[n] = passed.view_as(dinitial[n])
     return *found, dinitial  # type: ignore[return-value]
 
 
 def read_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
-    """Return what a chunk reads (n, h, c, v), and the state that leaves it, by differentiable operations."""
+    """Return what a chunk reads (b, c, v), and the state (b, k, v) that leaves it."""
     weights = decays(part.log_decay, restart)
-    written = part.eta[..., None] * (innovations(part, state, weights) if delta else part.v)
-    scores = (part.k @ part.q.mT).mul_(weights.pair)
-    y = (scores.mT @ written).add_(of_state(weights, part.q @ state))
-    return y, through(weights, state) + (part.k * leave(weights)).mT @ written
+    keys, values = part.eta[..., None] * part.k, innovations(part, state, weights) if delta else part.v
+    scores = torch.bmm(keys, part.q.mT).mul_(weights.pair)
+    y = of_state(weights, torch.bmm(part.q, state)).baddbmm_(scores.mT, values)
+    after = through(weights, state).baddbmm_(keys.mul_(leave(weights)).mT, values)
+    return y, after
 
 
 def decays(log_decay: Tensor, restart: Tensor | None) -> Weights:
-    """Return the decays between the tokens of a chunk, from g (n, h, c) and where segments begin (n, c)."""
-    size = log_decay.shape[-1]
-    earlier = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
-    logs = torch.where(earlier, log_decay[..., None, :], 0.0).cumsum(-1)
-    pair = torch.where(_before(restart, size, log_decay.device), logs, -torch.inf).exp()
-    dropped = None if restart is None else (restart.cumsum(-1) > 0)[:, None, :, None]
-    return Weights(pair, log_decay.cumsum(-1).exp()[..., None], dropped)
-
-
-def _before(restart: Tensor | None, size: int, device: torch.device | None = None) -> Tensor:
-    """Return whether token s reaches token t ≥ s of a chunk, (…, s, t): both are in one segment."""
+    """Return the decays between the tokens of a chunk, from g (b, c) and where segments begin (b, c)."""
+    ones = torch.ones(log_decay.shape[-1:] * 2, dtype=log_decay.dtype, device=log_decay.device)
+    factors = log_decay.exp()
+    # row s: ones up to s, then the factors behind it
+    pair = torch.addcmul(ones.tril(), factors[..., None, :], ones.triu(1)).cumprod(-1).mul_(ones.triu())
+    enter = factors.cumprod(-1)[..., None]
     if restart is None:
-        return torch.ones(size, size, dtype=torch.bool, device=device).triu()
+        return Weights(pair, enter, None)
     segment = restart.cumsum(-1)
-    return (segment[:, None, None, :] == segment[:, None, :, None]).triu()
+    pair = torch.where(_before(segment), pair, 0.0)
+    return Weights(pair, enter, (segment > 0)[..., None])
+
+
+def _before(segment: Tensor) -> Tensor:
+    """Return whether token s reaches token t ≥ s of a chunk (b, s, t): both are in one segment (b, c)."""
+    return (segment[:, None, :] == segment[:, :, None]).triu()
 
 
 def of_state(weights: Weights, x: Tensor) -> Tensor:
-    """Return x (n, h, c, ·), a product with the state that entered, decayed to each token."""
+    """Return x (b, c, ·), which meets the state that entered, decayed to each token."""
     found = weights.enter * x
-    return found if weights.dropped is None else torch.where(weights.dropped, 0.0, found)
+    return found if weights.dropped is None else found.masked_fill(weights.dropped, 0.0)
 
 
 def through(weights: Weights, state: Tensor) -> Tensor:
-    """Return what is left of the state (n, h, k, v) behind the chunk."""
-    found = weights.enter[..., -1:, :] * state
-    return found if weights.dropped is None else torch.where(weights.dropped[..., -1:, :], 0.0, found)
+    """Return what is left of a state (b, ·, ·) behind the chunk."""
+    found = weights.enter[:, -1:] * state
+    return found if weights.dropped is None else found.masked_fill(weights.dropped[:, -1:], 0.0)
 
 
 def leave(weights: Weights) -> Tensor:
-    """Return the decay of each token's write behind the chunk (n, h, c, 1)."""
+    """Return the decay of each token's write behind the chunk (b, c, 1)."""
     return weights.pair[..., -1:]
 
 
@@ -200,11 +204,30 @@ def innovations(part: Part, state: Tensor, weights: Weights) -> Tensor:
     return torch.linalg.solve_triangular(overlap, target, upper=False, unitriangular=True)
 
 
-def part_of(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, n: slice, t: slice) -> Part:
-    """Return some tokens of some rows, in the dtype that is computed in."""
-    kind = accumulation_dtype(v.dtype)
-    given = (x[n, t].transpose(1, 2) for x in (q, k, v, log_decay, eta))
-    return Part(*(x.to(kind).contiguous() for x in given))
+def part_of(columns: list[Tensor], t: slice) -> Part:
+    """Return some tokens of q, k, v, g and η (n, H, T, ·), in the dtype that is computed in."""
+    kind = accumulation_dtype(columns[2].dtype)
+    return Part(*(_chunk(x, t, kind) for x in columns))
+
+
+def lanes(restart: Tensor | None, n: slice, t: slice, heads: int) -> Tensor | None:
+    """Return where segments begin in a chunk of some rows, once per head (b, c)."""
+    return None if restart is None else restart[n, t].repeat_interleave(heads, 0)
+
+
+def heads_first(n: slice, *tensors: Tensor) -> list[Tensor]:
+    """Return some rows of (N, T, H, ·) as (n, H, T, ·), where they are."""
+    return [x[n].transpose(1, 2) for x in tensors]
+
+
+def _chunk(x: Tensor, t: slice, kind: torch.dtype) -> Tensor:
+    """Return some tokens of (n, H, T, ·) as (b, c, ·); those of one row stay where they are."""
+    return x[:, :, t].flatten(0, 1).to(kind)
+
+
+def _tokens_first(x: Tensor, like: Tensor) -> Tensor:
+    """Return a chunk (b, c, ·) as (n, c, H, ·)."""
+    return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
 
 
 def rows_together(v: Tensor, k: Tensor) -> Iterator[slice]:
@@ -235,20 +258,19 @@ def _finite_or_walked(part: Part, state: Tensor, restart: Tensor | None, delta: 
         return y, after
     keys, values = (torch.where(sound[..., None], x, 0.0) for x in (part.k, part.v))
     rates, strengths = (torch.where(sound, x, 0.0) for x in (part.log_decay, part.eta))
-    known = torch.where(entered[..., None, None], state, 0.0)
+    known = torch.where(entered[:, None, None], state, 0.0)
     y, after = read_chunk(Part(part.q, keys, values, rates, strengths), known, restart, delta)
     walked, left = _walk(part, state, restart, delta)
-    reached = (~sound[..., None] & _before(restart, sound.shape[-1], sound.device)).any(-2)
-    first = restart.cumsum(-1)[:, None] == 0 if restart is not None else torch.ones_like(reached)
-    reached = (reached | (first & ~entered[..., None]))[..., None]
-    return torch.where(reached, walked, y), torch.where(reached[..., -1:, :], left, after)
+    segment = torch.zeros_like(sound, dtype=torch.int64) if restart is None else restart.cumsum(-1)
+    reached = (~sound[..., None] & _before(segment)).any(-2) | ((segment == 0) & ~entered[:, None])
+    return torch.where(reached[..., None], walked, y), torch.where(reached[:, -1:, None], left, after)
 
 
 def _walk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
-    """Return what the loop makes of a chunk."""
-    q, k, v, log_decay, eta = (x.transpose(1, 2) for x in part)
-    y, after = recurrence(q, k, v, log_decay, eta, state, restart, delta=delta)
-    return y.transpose(1, 2), after
+    """Return what the loop makes of a chunk, whose every lane is a row with one head."""
+    q, k, v, log_decay, eta = (x[:, :, None] for x in part)
+    y, after = recurrence(q, k, v, log_decay, eta, state[:, None], restart, delta=delta)
+    return y[:, :, 0], after[:, 0]
 
 
 def _pulled(
@@ -266,32 +288,35 @@ def _adjoint(
 ) -> list[Tensor]:
     """Return the gradients of a chunk for ``grad`` at y and ``passed`` at the state that leaves.
 
-    dQ = X K + e ∘ (Ȳ Sᵀ)    dK = Xᵀ Q + D_C ∘ (W S̄ᵀ)    dW = Pᵀ Ȳ + D_C ∘ (K S̄)    dS = e_C S̄ + (e ∘ Q)ᵀ Ȳ
-    with P = (Q Kᵀ) ∘ D and X = (Ȳ Wᵀ) ∘ D; a rate stands between everything that crosses its token:
-    dg_t = ⟨S̄, e_C S⟩ + Σ_{s<t} w_s · D_C (K S̄)_s + Σ_{u≥t} q_u · e_u (Ȳ Sᵀ)_u + Σ_{s<t≤u} P_us (Ȳ Wᵀ)_us
+    dQ = X K̂ + (e ∘ Ȳ) Sᵀ    dK̂ = Xᵀ Q + D_C ∘ (U S̄ᵀ)    dU = Pᵀ Ȳ + (D_C ∘ K̂) S̄    dS = e_C S̄ + Qᵀ (e ∘ Ȳ)
+    with P = (Q K̂ᵀ) ∘ D and X = (Ȳ Uᵀ) ∘ D; a rate stands between everything that crosses its token:
+    dg_t = ⟨S̄, e_C S⟩ + Σ_{s<t} u_s · (D_C ∘ K̂ S̄)_s + Σ_{u≥t} q_u · (e ∘ Ȳ Sᵀ)_u + Σ_{s<t≤u} P_us (Ȳ Uᵀ)_us
     """
     q, k, v, log_decay, eta = part
     weights = decays(log_decay, restart)
     leaving, strength = leave(weights), eta[..., None]
     values = innovations(part, state, weights) if delta else v
-    written = strength * values
-    read, asked = (k @ q.mT).mul_(weights.pair), written @ grad.mT
-    inside, across = read @ grad, (read * asked).triu_(1)
-    scores, dread = asked.mul_(weights.pair), of_state(weights, grad @ state.mT)
-    dq = (scores.mT @ k).add_(dread)
-    dk = (scores @ q).add_(leaving * (written @ passed.mT))
-    outside = leaving * (k @ passed)
-    beyond = (written * outside).sum(-1)
+    keys, arriving = strength * k, of_state(weights, grad)
+    read, asked = torch.bmm(keys, q.mT).mul_(weights.pair), torch.bmm(values, grad.mT)
+    across = read * asked
+    scores, dread = asked.mul_(weights.pair), torch.bmm(arriving, state.mT)
     crossing = (q * dread).sum(-1)
-    dwritten = inside.add_(outside)
-    dv, deta = strength * dwritten, (values * dwritten).sum(-1)
-    entered = through(weights, passed) + of_state(weights, q).mT @ grad
+    dq = dread.baddbmm_(scores.mT, keys)
+    outside = torch.bmm(keys.mul_(leaving), passed)
+    beyond = (values * outside).sum(-1)
+    dv = outside.baddbmm_(read, grad)
+    dkeys = torch.bmm(values, passed.mT).mul_(leaving).baddbmm_(scores, q)
+    deta = (k * dkeys).sum(-1)
+    dk = dkeys.mul_(strength)
+    entered = through(weights, passed).baddbmm_(q.mT, arriving)
     if delta:
         dv, solved = _adjoint_of_innovations(part, state, weights, values, dv)
         for total, more in zip((dk, deta, across, crossing, entered), solved, strict=True):
             total.add_(more)
-    kept = through(weights, state).mul_(passed).sum((-2, -1))[..., None]
-    dlog_decay = kept + (beyond.cumsum(-1) - beyond) + _from_here(crossing) + _from_here(across).triu_(1).sum(-2)
+    kept = through(weights, (state * passed).sum((-2, -1), keepdim=True))[..., 0]
+    dlog_decay = kept + (beyond.cumsum(-1) - beyond) + crossing.flip(-1).cumsum(-1).flip(-1)
+    # row t: the sums over s ≤ t, of which those with u > t cross the next token
+    dlog_decay[:, 1:] += across.cumsum(-2).triu_(1).sum(-1)[:, :-1]
     return [dq, dk, dv, dlog_decay, deta, entered]
 
 
@@ -313,23 +338,18 @@ def _adjoint_of_innovations(
     return dv, (dk, shares.sum(-2), (shares * eta).mT, -(dv * read).sum(-1), -(of_state(weights, k).mT @ dv))
 
 
-def _from_here(x: Tensor) -> Tensor:
-    """Return Σ_{u≥t} x_u along the last axis."""
-    return x.flip(-1).cumsum(-1).flip(-1)
-
-
 def _walk_back(
     part: Part, state: Tensor, restart: Tensor | None, grad: Tensor, passed: Tensor, delta: bool
 ) -> list[Tensor]:
     """Return the gradients of a chunk as the loop has them, token by token from the last."""
-    tokens = list(zip(*(x.unbind(2) for x in part), strict=True))
+    tokens = list(zip(*(x.unbind(1) for x in part), strict=True))
     entering = []
     for t, token in enumerate(tokens):
         entering.append(_dropped(state, restart, t))
         _, state, _ = advance(entering[t], *token, delta=delta)
     columns: list[list[Tensor]] = [[] for _ in part]
     for t, (q, k, _, log_decay, eta) in reversed(list(enumerate(tokens))):
-        y, retention = grad[:, :, t], log_decay.exp()[..., None, None]
+        y, retention = grad[:, t], log_decay.exp()[..., None, None]
         _, state, u = advance(entering[t], *tokens[t], delta=delta)
         passed = passed + q[..., None] * y[..., None, :]
         kept, du = retention * entering[t], (k[..., None] * passed).sum(-2)
@@ -342,19 +362,15 @@ def _walk_back(
         for column, value in zip(columns, row, strict=True):
             column.insert(0, value)
         passed = _dropped(retention * passed, restart, t)
-    return [*(torch.stack(column, 2) for column in columns), passed]
+    return [*(torch.stack(column, 1) for column in columns), passed]
 
 
 def _dropped(state: Tensor, restart: Tensor | None, t: int) -> Tensor:
-    """Return a state (n, h, k, v), zeros in the rows that restart at token t."""
-    return state if restart is None else torch.where(restart[:, t, None, None, None], 0.0, state)
+    """Return a state (n, …), zeros in the rows that restart at token t."""
+    return state if restart is None else torch.where(restart[:, t].reshape(-1, *[1] * (state.ndim - 1)), 0.0, state)
 
 
 def _start(initial: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
     """Return the state that enters the first token."""
     shape, kind = (v.shape[0], *k.shape[2:], v.shape[-1]), accumulation_dtype(v.dtype)
     return v.new_zeros(shape, dtype=kind) if initial is None else initial.to(kind)
-
-
-def _some(restart: Tensor | None, n: slice, t: slice) -> Tensor | None:
-    return None if restart is None else restart[n, t]

@@ -21,7 +21,7 @@ from torch import Tensor
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.hebbian import arguments, eager
 from so8t_torch.ops.hebbian.arguments import Discretization, KeyNorm, Rule
-from so8t_torch.ops.hebbian.eager import Part
+from so8t_torch.ops.hebbian.eager import Part, Weights
 from so8t_torch.ops.linear_recurrence import linear_recurrence
 
 __all__ = ["Balance", "energy_balance", "state_bound"]
@@ -88,18 +88,18 @@ def energy_balance(
     kind = torch.float64 if rule == "delta" else accumulation_dtype(v.dtype)
     keys = arguments.unit(given.k) if key_norm == "l2" else given.k.to(kind)
     values = given.v.to(kind)
-    state = v.new_zeros(len(keys), *k.shape[-2:], v.shape[-1], dtype=kind)
-    state = state if given.initial is None else given.initial.to(kind)
-    found = []
-    whole = slice(None)
+    heads = v.shape[-2]
+    state = v.new_zeros(len(keys) * heads, k.shape[-1], v.shape[-1], dtype=kind)
+    state = state if given.initial is None else given.initial.to(kind).flatten(0, 1)
+    found, cuts, whole = [], eager.chunks(v.shape[-3], rule == "delta"), slice(None)
     with torch.autocast(v.device.type, enabled=False):
-        for t in eager.chunks(v.shape[-3], rule == "delta"):
-            part = eager.part_of(keys, keys, values, given.log_decay, given.eta, whole, t)
-            restart = None if given.restart is None else given.restart[:, t]
-            balance, state = _of_chunk(part, state, restart, rule == "delta")
+        columns = eager.heads_first(whole, keys, keys, values, given.log_decay, given.eta)
+        for t in cuts:
+            restart = eager.lanes(given.restart, whole, t, heads)
+            balance, state = _of_chunk(eager.part_of(columns, t), state, restart, rule == "delta")
             found.append(balance)
-    columns = (torch.cat(rows, -1).mT for rows in zip(*found, strict=True))
-    return Balance(*(x.reshape(v.shape[:-1]).to(accumulation_dtype(v.dtype)) for x in columns))
+    totals = (torch.cat(rows, -1).unflatten(0, (-1, heads)).mT for rows in zip(*found, strict=True))
+    return Balance(*(x.reshape(v.shape[:-1]).to(accumulation_dtype(v.dtype)) for x in totals))
 
 
 def state_bound(
@@ -145,8 +145,8 @@ def state_bound(
 
 
 def _of_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Balance, Tensor]:
-    """Return the balance of a chunk, (n, h, c) each, and the state that leaves it."""
-    weights = eager.decays(part.log_decay, restart)
+    """Return the balance of a chunk, (b, c) each, and the state that leaves it."""
+    weights = _decays(part.log_decay, restart)
     pair, keys, retention = weights.pair.mT, part.k, part.log_decay.exp()
     values = eager.innovations(part, state, weights) if delta else part.v
     written = part.eta[..., None] * values
@@ -158,12 +158,27 @@ def _of_chunk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) ->
     energy = (entered.square() * first + 2 * entered * mixed + pairs) / 2
     before = torch.cat([first / 2, energy[..., :-1]], -1)
     if restart is not None:
-        before = torch.where(restart[:, None], 0.0, before)
+        before = torch.where(restart, 0.0, before)
     read = (alike * pair).tril(-1) @ written + eager.of_state(weights, under)
     supply = (written * read).sum(-1) + keys.square().sum(-1) * written.square().sum(-1) / 2
     dissipation = (1 - retention.square()) * before
     after = eager.through(weights, state) + (keys * eager.leave(weights)).mT @ written
     return Balance(energy, before, dissipation, supply), after
+
+
+def _decays(log_decay: Tensor, restart: Tensor | None) -> Weights:
+    """Return the decays between the tokens of a chunk from sums of logarithms: their derivative needs no host.
+
+    The one of a product looks for zeros first.
+    """
+    size = log_decay.shape[-1]
+    ones = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
+    logs = torch.where(ones.triu(1), log_decay[..., None, :], 0.0).cumsum(-1)
+    segment = torch.zeros_like(log_decay) if restart is None else restart.cumsum(-1)
+    reached = (segment[:, None, :] == segment[:, :, None]).triu()
+    pair = torch.where(reached, logs, -torch.inf).exp()
+    dropped = None if restart is None else (segment > 0)[..., None]
+    return Weights(pair, log_decay.cumsum(-1).exp()[..., None], dropped)
 
 
 def _norm(x: Tensor) -> Tensor:
