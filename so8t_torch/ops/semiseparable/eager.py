@@ -116,16 +116,16 @@ def operate(
             parts = chunks(given[0], given[1], given[2], run)
             within = parts.within if within is None else within + parts.within
             tiles.append(Tile(state, parts))
-    for c in range(x.shape[1]):
-        target, runs = y[:, c], None if run is None else run[:, c]
-        if within is None:
-            target.zero_()
-            continue
-        target.baddbmm_(within[:, c], inputs[:, c], beta=0.0)
+    pairs = within.unbind(1) if within is not None else ()
+    for c, (target, given, pair) in enumerate(zip(y.unbind(1), inputs.unbind(1), pairs, strict=False)):
+        runs = None if run is None else run[:, c]
+        target.baddbmm_(pair, given, beta=0.0)
         for tile in tiles:
-            tile.advance(c, target, inputs[:, c], runs)
+            tile.advance(c, target, given, runs)
         if wild is not None and _readable(x):
-            _add_wild(c, target, x[:, c], wild[:, c], within[:, c], tiles, runs)
+            _add_wild(c, target, x[:, c], wild[:, c], pair, tiles, runs)
+    if within is None:
+        y.zero_()
     final = torch.cat(states, 1)
     return (y, final) if wild is None or _readable(x) else _spoiled(y, final, wild, run)
 
@@ -183,6 +183,8 @@ def _closed(state: Tensor, u: Tensor, v: Tensor, decay: Tensor) -> bool:
 
 def _faded(state: Tensor, decay: Tensor, run: Tensor | None) -> Tensor:
     """Return the state (N, r, D) of a closed tile after all chunks, to the bit as if it were not left out."""
+    if not state.any():
+        return state
     while decay.shape[2] > 1:
         decay = decay[:, :, 0::2] * decay[:, :, 1::2]
     for total in decay[:, :, 0].unbind(1):
