@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, softplus
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
 from so8t_torch.ops import hebbian
 from so8t_torch.ops.hebbian.arguments import check_options
 
@@ -211,7 +211,7 @@ class DissipativeHebbianLayer(nn.Module):
                 f"DissipativeHebbianLayer: expected a state (B, {', '.join(map(str, matrices))}), "
                 f"got {tuple(state.shape)}."
             )
-        with torch.autocast(state.device.type, enabled=False):
+        with without_autocast(state.device):
             weight, gate = self.feedback_weight.to(state.dtype), self.feedback_gate.to(state.dtype)
             return gate * torch.einsum("bhkv,ckv->bc", state, weight) / self.num_heads
 
@@ -341,7 +341,7 @@ class DissipativeHebbianLayer(nn.Module):
 
 def _unrounded(projection: nn.Linear, x: Tensor, kind: torch.dtype) -> Tensor:
     """Return a projection in the dtype of its parameters, autocast or not: a rate of 10⁻⁴ is a logit of −9 ± 2⁻⁵."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return projection(x.to(projection.weight.dtype)).to(kind)
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DataError, DomainError, ShapeError
+from so8t_torch.core.tensors import expect_tensors
 
 __all__ = ["basis", "embedding", "frequencies", "linear_init", "singular_values", "unfolded", "zeros"]
 
@@ -184,6 +185,7 @@ def embedding(
 
     Numerics: angles in float64 and one rounding at the end; a phase of 10⁵ radians loses ten bits of it.
     """
+    expect_tensors("zeta.embedding", positions=positions)
     if positions.ndim == 0:
         raise ShapeError("zeta.embedding: expected positions (..., T), got a tensor without axes.")
     if positions.is_complex() or positions.dtype == torch.bool:
@@ -253,6 +255,7 @@ def _orthonormal(noise: Tensor) -> Tensor:
 
 def _expect_noise(left: Tensor, right: Tensor) -> None:
     """Raise unless noise is (..., m, r) and (..., n, r) with r = min(m, n) ≥ 1, real and of one dtype."""
+    expect_tensors("zeta.linear_init", left=left, right=right)
     if min(left.ndim, right.ndim) < 2 or left.shape[:-2] != right.shape[:-2]:
         raise ShapeError(
             f"zeta.linear_init: expected noise (..., m, r) and (..., n, r), got {tuple(left.shape)} and "

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops.tridiagonal import autograd, eager
 
 __all__ = ["advance", "green", "log_det", "off_diagonals", "ratios", "step"]
@@ -194,6 +195,7 @@ def advance(
         DomainError: d or the state is not complex, or dtypes or devices disagree.
         BackendError: the backend cannot run this call.
     """
+    expect_tensors("tridiagonal.advance", state=state, d=d, beta=beta)
     _check_stream("advance", state, d, beta)
     if d.ndim == 0 or d.shape[-1] == 0 or not (d.shape == beta.shape and state.shape == d.shape[:-1]):
         raise ShapeError(
@@ -221,6 +223,7 @@ def step(
         ShapeError: shapes that disagree.
         DomainError: d_t or the state is not complex, or dtypes or devices disagree.
     """
+    expect_tensors("tridiagonal.step", state=state, d_t=d_t, beta_t=beta_t)
     _check_stream("step", state, d_t, beta_t)
     if not state.shape == d_t.shape == beta_t.shape:
         raise ShapeError(
@@ -258,6 +261,8 @@ def _chain(
     require_dissipation: bool,
 ) -> _Chain:
     """Return the checked operator with every batch axis written out and no coupling between segments."""
+    expect_tensors(f"tridiagonal.{op}", diagonal=diagonal, upper=upper, lower=lower, z=z)
+    expect_tensors_or_none(f"tridiagonal.{op}", segment_ids=segment_ids)
     batch = _check_shapes(op, diagonal, upper, lower, z, segment_ids)
     _check_kinds(op, (diagonal, upper, lower, z), segment_ids)
     dtype = COMPLEX.get(diagonal.dtype, diagonal.dtype)
