@@ -24,7 +24,7 @@ ROOMS = (
     "zeta",
 )
 OTHERS = {"step": 1.0, "rate": 0.1, "width": 4, "start": 1.0, "end": 0.5, "progress": 0.5, "layer": lambda x: x}
-MATRICES = {"safe": torch.eye(8), "rotation": torch.eye(8)[None], "weight": torch.eye(8)}
+MATRICES = {"a": torch.ones(28), "safe": torch.eye(8), "rotation": torch.eye(8)[None], "weight": torch.eye(8)}
 
 
 def functions():

@@ -178,7 +178,7 @@ def test_autocast_and_half_weights_answer_in_their_dtype_and_carry_single_precis
     x = drawn(2, 9, WIDTH, dtype=torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         mixed = layer(torch.float32)(x)
-    half = layer(dtype)(x.to(dtype))
+    half = layer(torch.float32).to(dtype)(x.to(dtype))
     for found in (mixed, half):
         assert found.features.dtype == dtype
         assert torch.allclose(found.features.float(), layer(torch.float32)(x).features, rtol=0.1, atol=0.1)
