@@ -178,12 +178,12 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         self.active_rank = int(self.min_rank + share * (self.max_rank - self.min_rank))
         return self.active_rank
 
-    def get_extra_state(self) -> Float[Tensor, "3"]:
+    def get_extra_state(self) -> Float[Tensor, " 3"]:
         """Return gate mode, temperature and active rank as numbers, which every format of checkpoints can keep."""
         numbers = tuple(MODES).index(self.gate_mode), self.gumbel_temperature, self.active_rank
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
-    def set_extra_state(self, state: Float[Tensor, "3"]) -> None:
+    def set_extra_state(self, state: Float[Tensor, " 3"]) -> None:
         """Take over what ``get_extra_state`` returned.
 
         Args:
@@ -325,9 +325,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
     ) -> None:
         """Raise unless x is real (B, T, D) with a token, and the others may stand beside it."""
         expect_tensors("AdaptiveRankSemiseparableLayer", x=x)
-        expect_tensors_or_none(
-            "AdaptiveRankSemiseparableLayer", segment_ids=segment_ids, padding_mask=padding_mask
-        )
+        expect_tensors_or_none("AdaptiveRankSemiseparableLayer", segment_ids=segment_ids, padding_mask=padding_mask)
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.d_model:
             raise ShapeError(
                 f"AdaptiveRankSemiseparableLayer: expected activations (B, T, {self.d_model}) with at least one token, "

@@ -194,9 +194,7 @@ def embedding(
     return found.to(positions.dtype if positions.is_floating_point() else torch.float32)
 
 
-def waves(
-    positions: Num[Tensor, "*batch t"], omega: Float[Tensor, " n"], width: int
-) -> Float[Tensor, "*batch t d"]:
+def waves(positions: Num[Tensor, "*batch t"], omega: Float[Tensor, " n"], width: int) -> Float[Tensor, "*batch t d"]:
     """Return (sin φ_1, cos φ_1, sin φ_2, …) of φ_j = p ω_j in float64, where the positions are.
 
     Args:

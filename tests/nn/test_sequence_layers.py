@@ -86,8 +86,8 @@ def test_numbers_that_fit_no_row_are_refused(name):
 @every_layer
 @pytest.mark.parametrize("x", [[[[0.0] * WIDTH]], 1.0, None, "x"], ids=["list", "number", "nothing", "word"])
 def test_what_is_no_tensor_is_named(name, x):
+    module = layer(name)
     with pytest.raises(DomainError, match=f"expected x to be a tensor, got {type(x).__name__}"):
-        module = layer(name)
         module(x)
     with pytest.raises(DomainError, match="expected segment_ids to be a tensor, got list"):
         module(drawn(1, 2, WIDTH), segment_ids=[0, 1])

@@ -15,7 +15,6 @@ Twin: so8t_jax/ops/hebbian.py. Derivation: docs/math/hebbian.md.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 

@@ -251,14 +251,9 @@ def gradient(
     kept = _of_effect(grad, grad_final, x, u, v, decay, initial)
     if kept is None:
         return _gradient(grad, grad_final, x, u, v, decay, initial, run)
-    dx, *of_tokens, dinitial = _gradient(
-        grad,
-        grad_final.index_select(1, kept),
-        x,
-        *(z.index_select(-1, kept) for z in (u, v, decay)),
-        initial.index_select(1, kept),
-        run,
-    )
+    written, read, alpha = (z.index_select(-1, kept) for z in (u, v, decay))
+    asked, started = (z.index_select(1, kept) for z in (grad_final, initial))
+    dx, *of_tokens, dinitial = _gradient(grad, asked, x, written, read, alpha, started, run)
     whole = [torch.zeros_like(z).index_copy_(-1, kept, dz) for z, dz in zip((u, v, decay), of_tokens, strict=True)]
     return dx, *whole, torch.zeros_like(initial).index_copy_(1, kept, dinitial)
 

@@ -8,7 +8,9 @@
 Symbols: h diagonals (…, N), real or v − iΓ with decay rates Γ; b upper and c lower couplings (…, N−1); z complex
 numbers (…); leading axes broadcast. β_i = 0 parts a chain between i and i + 1, whatever stands beyond, finite or not.
 If β ≥ 0, Γ ≥ 0 and Im z > 0 then Im L_i, Im R_i ≤ −(Γ_i + Im z), so that |g_i|, |G_ii| ≤ 1/(Γ_i + Im z): nothing is
-clamped. Real numbers are float32 or float64, complex ones complex64 or complex128, all of one precision.
+clamped. Real numbers are float32 or float64, complex ones complex64 or complex128, all of one precision, in whose range
+the products β_i have to lie: in float32 |b| and |c| from 10⁻¹⁹ to 10¹⁹. Above, the segment is NaN from there on; below,
+β = 0 parts it. Other units of energy bring a chain into the range.
 Cost: O(N) operations in about 3 √(N/2) steps on a CPU, in blocks of 1,024 sites on a GPU; the exact gradient of
 everything is a linear scan in each direction. The ratios, β and the result are saved.
 Twin: so8t_jax/ops/tridiagonal.py. Derivation: docs/math/tridiagonal.md.
