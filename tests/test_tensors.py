@@ -8,6 +8,7 @@ import torch
 
 from so8t_torch.core.errors import DomainError
 from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
+from so8t_torch.ops import tensor_train
 
 ROOMS = (
     "hebbian",
@@ -50,6 +51,15 @@ def test_a_function_names_the_argument(function, argument, value):
     kind = type(value).__name__
     with pytest.raises(DomainError, match=rf"expected (\w+ )?{argument}( \w+)? to be a tensor, got {kind} .*as_tensor"):
         function(**given)
+
+
+def test_a_tensor_train_names_what_it_is_made_of():
+    core = torch.ones(2, 1, 1, 2)
+    for ids, cores, name in (([0], (core, core), "ids"), (torch.zeros(1).long(), (core, [1.0]), "core 1")):
+        with pytest.raises(DomainError, match=f"expected {name} to be a tensor, got list"):
+            tensor_train.rows(ids, *cores)
+    with pytest.raises(DomainError, match="expected hidden to be a tensor, got float"):
+        tensor_train.logits(0.5, core, core)
 
 
 def test_the_text_is_short_however_long_the_argument():
