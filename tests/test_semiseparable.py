@@ -153,6 +153,59 @@ def test_closed_channels_change_nothing_and_are_left_out(monkeypatch):
     assert torch.equal(y, narrow)
 
 
+def gradients(arguments, grad_final=None, run=None):
+    leaves = [z.clone().requires_grad_() for z in arguments]
+    y, final = operator(*leaves, run, chunk=16)
+    weights = drawn(*y.shape, seed=9)
+    loss = (y * weights).sum() + (0.0 if grad_final is None else (final * grad_final).sum())
+    return torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+
+def by_loop_gradients(arguments, grad_final=None):
+    leaves = [z.clone().requires_grad_() for z in arguments]
+    y, final = by_loop(*leaves)
+    loss = (y * drawn(*y.shape, seed=9)).sum() + (0.0 if grad_final is None else (final * grad_final).sum())
+    return torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+
+@pytest.mark.parametrize("closed", [slice(0, 16), slice(16, 32), slice(16, 40), slice(0, 40)])
+def test_closed_channels_are_left_out_of_the_gradient(monkeypatch, closed):
+    *tokens, _ = example(rank=40)
+    arguments = [*tokens, torch.zeros(2, 40, 4, dtype=torch.float64)]
+    arguments[1][..., closed] = arguments[2][..., closed] = 0.0
+    wanted, widths = by_loop_gradients(arguments), []
+    chunks = eager.chunks
+    monkeypatch.setattr(eager, "chunks", lambda u, *rest: widths.append(u.shape[-1]) or chunks(u, *rest))
+    found = gradients(arguments)
+    for slope, expected in zip(found, wanted, strict=True):
+        assert torch.allclose(slope, expected, rtol=1e-11, atol=1e-11)
+    assert widths[-1] == max(40 - len(range(40)[closed]), 16)
+
+
+@pytest.mark.parametrize("which", ["state that enters", "gradient of the state that leaves", "infinite input"])
+def test_closed_channels_that_matter_keep_their_gradient(which):
+    *tokens, state = example(rank=40)
+    arguments = [*tokens, state if which == "state that enters" else torch.zeros_like(state)]
+    arguments[1][..., 16:] = arguments[2][..., 16:] = 0.0
+    if which == "infinite input":
+        arguments[0][0, 3, 1] = math.inf
+        full = gradients([*(z.clone() for z in arguments[:4]), 0.0 * state + 1e-300])
+        assert [z.isnan().any() for z in gradients(arguments)] == [z.isnan().any() for z in full]
+        return
+    grad_final = state if which.startswith("gradient") else None
+    for slope, expected in zip(gradients(arguments, grad_final), by_loop_gradients(arguments, grad_final), strict=True):
+        assert torch.allclose(slope, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_derivative_of_the_gradient_of_closed_channels_is_not_zero():
+    x, u, v, decay, _ = example(batch=1, length=5, rank=17, width=2)
+    u[..., 1:], v[..., 1:] = 0.0, 0.0
+    start = torch.zeros(1, 17, 2, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda u, v: operator(x, u, v, decay, start, chunk=4)[0], (u.requires_grad_(), v.requires_grad_())
+    )
+
+
 def test_a_tile_that_is_closed_for_some_chunks_is_left_out_of_them_only():
     x, u, v, a, s = example(rank=32, length=64, dtype=torch.float32)
     u[:, 16:48, 16:] = v[:, 16:48, 16:] = 0.0

@@ -239,6 +239,31 @@ def test_no_scale_of_energy_leaves_the_range_of_single_precision(scale):
     assert torch.allclose(found.to(torch.complex128), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_coupling_whose_product_leaves_the_range_spoils_its_segment_from_there_on(backend):
+    h, b, c, z = to_single(hopping(60, 0.5))
+    ids = torch.tensor([0] * 40 + [1] * 20)
+    before = room.green(h, b, c, z, ids, backend=backend)
+    for scale, fate in ((2.0**70, "lost"), (2.0**-90, "parted")):
+        b[:, 20] = c[:, 20] = scale
+        found = room.green(h, b, c, z, ids, backend=backend)
+        assert torch.equal(found[:, :21], before[:, :21])
+        assert torch.equal(found[:, 40:], before[:, 40:])
+        alone = room.green(h[:, 21:40], b[:, 21:39], c[:, 21:39], z, backend=backend)
+        if fate == "lost":
+            assert found[:, 21:40].isnan().all()
+        else:
+            assert torch.allclose(found[:, 21:40], alone, rtol=1e-6, atol=0)
+
+
+def test_other_units_of_energy_bring_a_chain_into_the_range():
+    large = [2.0**66 * x for x in to_single(hopping(60, 0.5))]
+    expected = room.green(*(x.to(torch.complex128) for x in large))
+    assert room.green(*large).isnan().any()
+    found = room.green(*(x * 2.0**-66 for x in large)) * 2.0**-66
+    assert torch.allclose(found.to(torch.complex128), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("scale", [2.0**-249, 2.0**-133, 2.0**126, 2.0**249])
 def test_no_scale_of_energy_leaves_the_range_of_double_precision(scale):
     h, b, c, z = hopping(100, 0.5)

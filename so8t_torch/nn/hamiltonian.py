@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
 from so8t_torch.ops import physics
 from so8t_torch.ops.physics import reversible
 
@@ -170,7 +170,7 @@ class HamiltonianBlock(nn.Module):
         """Return the state after n steps, connected to the adjoint that runs backwards, and what that misses."""
         wide = x.to(accumulation_dtype(x.dtype))
         flow = ([p.to(wide.dtype) for p in parameters], self.step, math.exp(-self.damping * self.step / 2), self.steps)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             y = reversible.integrate_reversibly(wide, *flow)
             error = float(reversible.recovery_error(wide, y, *flow)) if x.numel() else 0.0
         return y.to(x.dtype), error

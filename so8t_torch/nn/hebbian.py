@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, softplus
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops import hebbian
 from so8t_torch.ops.hebbian.arguments import check_options
 
@@ -143,7 +144,7 @@ class DissipativeHebbianLayer(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         state: Float[Tensor, "b h k v"] | None = None,
-        segment_ids: Int[Tensor, "b n"] | None = None,
+        segment_ids: Int[Tensor, "*#b n"] | None = None,
         *,
         padding_mask: Bool[Tensor, "b n"] | None = None,
         gamma: Float[Tensor, "b n h"] | None = None,
@@ -153,7 +154,7 @@ class DissipativeHebbianLayer(nn.Module):
         Args:
             x: activations of the dtype of the parameters; any floating dtype under autocast.
             state: what the call on the tokens before returned; ``None``, or zeros in a row, at the start of a document.
-            segment_ids: the memory is empty where the number changes.
+            segment_ids: the memory is empty where the number changes; (N,) holds for all rows.
             padding_mask: False where a token is padding: it neither writes nor forgets, whatever stands there.
             gamma: Γ of every token and head, exactly where ``own_decay`` is off.
 
@@ -162,6 +163,7 @@ class DissipativeHebbianLayer(nn.Module):
             DomainError: x is not real floating-point, or a rate is negative.
             ConfigError: Γ is missing, or given beside the layer's own.
         """
+        expect_tensors_or_none("DissipativeHebbianLayer", state=state, segment_ids=segment_ids)
         tokens = self._tokens(x, padding_mask, gamma)
         y, last = hebbian.hebbian(
             *tokens, self._started(tokens, state), segment_ids, **self._options(), backend=self.backend
@@ -185,6 +187,8 @@ class DissipativeHebbianLayer(nn.Module):
         Raises:
             ShapeError, DomainError, ConfigError: as ``forward``.
         """
+        expect_tensors("DissipativeHebbianLayer", x=x)
+        expect_tensors_or_none("DissipativeHebbianLayer", state=state, gamma=gamma)
         tokens = self._tokens(x[:, None], None, None if gamma is None else gamma[:, None])
         started = self._started(tokens, state)
         y, last = hebbian.step(started, *(part[:, 0] for part in tokens), **self._options())
@@ -211,7 +215,7 @@ class DissipativeHebbianLayer(nn.Module):
                 f"DissipativeHebbianLayer: expected a state (B, {', '.join(map(str, matrices))}), "
                 f"got {tuple(state.shape)}."
             )
-        with torch.autocast(state.device.type, enabled=False):
+        with without_autocast(state.device):
             weight, gate = self.feedback_weight.to(state.dtype), self.feedback_gate.to(state.dtype)
             return gate * torch.einsum("bhkv,ckv->bc", state, weight) / self.num_heads
 
@@ -220,7 +224,7 @@ class DissipativeHebbianLayer(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         state: Float[Tensor, "b h k v"] | None = None,
-        segment_ids: Int[Tensor, "b n"] | None = None,
+        segment_ids: Int[Tensor, "*#b n"] | None = None,
         *,
         padding_mask: Bool[Tensor, "b n"] | None = None,
         gamma: Float[Tensor, "b n h"] | None = None,
@@ -317,6 +321,8 @@ class DissipativeHebbianLayer(nn.Module):
 
     def _check(self, x: Tensor, padding_mask: Tensor | None, gamma: Tensor | None) -> None:
         """Raise unless the arguments fit."""
+        expect_tensors("DissipativeHebbianLayer", x=x)
+        expect_tensors_or_none("DissipativeHebbianLayer", padding_mask=padding_mask, gamma=gamma)
         if x.ndim != 3 or 0 in x.shape[1:] or x.shape[-1] != self.d_model:
             raise ShapeError(
                 f"DissipativeHebbianLayer: expected activations (B, N, {self.d_model}) with N > 0, "
@@ -341,7 +347,7 @@ class DissipativeHebbianLayer(nn.Module):
 
 def _unrounded(projection: nn.Linear, x: Tensor, kind: torch.dtype) -> Tensor:
     """Return a projection in the dtype of its parameters, autocast or not: a rate of 10⁻⁴ is a logit of −9 ± 2⁻⁵."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return projection(x.to(projection.weight.dtype)).to(kind)
 
 

@@ -31,7 +31,8 @@ class ZetaBasisTransform(nn.Module):
     """The change to the zeta basis and back.
 
     The bases are buffers: saved, moved with the module and never trained. In a module of half precision they stay
-    float32, because a rounded basis is orthonormal to three digits only.
+    float32, because a rounded basis is orthonormal to three digits only, and where the dtype changes they are made
+    anew, because digits that a rounding took do not come back.
 
     Args:
         key_dim: K, at least 1.
@@ -82,14 +83,16 @@ class ZetaBasisTransform(nn.Module):
         return f"{self.key_dim}, {self.value_dim}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZetaBasisTransform:
-        """Move and convert like any module, but to no dtype below float32."""
+        """Move and convert like any module, but to no dtype below float32, and never from one to another."""
         bases = self.key_basis, self.value_basis
         super()._apply(fn, recurse)
         for name, before in zip(("key_basis", "value_basis"), bases, strict=True):
             after = getattr(self, name)
             wide = accumulation_dtype(after.dtype)
-            if after.dtype != wide:
-                setattr(self, name, before.to(after.device, wide))
+            if wide != before.dtype:
+                setattr(self, name, resonance.basis(len(before)).to(after.device, wide))
+            elif wide != after.dtype:
+                setattr(self, name, before.to(after.device))
         return self
 
 

@@ -19,12 +19,13 @@ import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, autocast_dtype
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops import rank_gate, semiseparable
 
 __all__ = ["AdaptiveRankSemiseparableLayer", "State"]
@@ -54,10 +55,12 @@ class State(NamedTuple):
 class AdaptiveRankSemiseparableLayer(nn.Module):
     """A causal band plus a semiseparable matrix with gated rank channels.
 
+    ``state_dict`` holds the gate mode, its temperature and the number of channels that may be open beside the weights.
+
     Args:
         d_model: D.
         max_rank: R.
-        min_rank: channels that are open at every token, at least 1.
+        min_rank: channels that are open at every token, at least 1. Where that is all of them there is no gate.
         gate_hidden_dim: width inside the gate, max(D/4, min_rank) by default.
         l1_regularization: weight of the mean gate in ``aux_loss``.
         core: ``"operator"`` acts on W_x x with a state (R, D); ``"compat"`` has one number per rank channel.
@@ -74,6 +77,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         ConfigError: an option is out of range, or adaptive time steps are asked for without decays.
     """
 
+    gate: nn.Sequential | None
     value_proj: nn.Linear | None
     time_step: nn.Linear | None
     log_rates: nn.Parameter | None
@@ -109,7 +113,10 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         )
         self.gate_mode, self.gumbel_temperature = "soft", 1.0
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.gate = nn.Sequential(nn.Linear(d_model, hidden, **kind), nn.ReLU(), nn.Linear(hidden, max_rank, **kind))
+        self.gate = None
+        if min_rank < max_rank:
+            layers = nn.Linear(d_model, hidden, **kind), nn.ReLU(), nn.Linear(hidden, max_rank, **kind)
+            self.gate = nn.Sequential(*layers)
         self.u_proj, self.v_proj = (nn.Linear(d_model, max_rank, bias=False, **kind) for _ in range(2))
         self.taps = nn.Parameter(torch.empty(band_width, d_model, **kind))
         operates = core == "operator"
@@ -171,12 +178,36 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         self.active_rank = int(self.min_rank + share * (self.max_rank - self.min_rank))
         return self.active_rank
 
+    def get_extra_state(self) -> Float[Tensor, " 3"]:
+        """Return gate mode, temperature and active rank as numbers, which every format of checkpoints can keep."""
+        numbers = tuple(MODES).index(self.gate_mode), self.gumbel_temperature, self.active_rank
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Float[Tensor, " 3"]) -> None:
+        """Take over what ``get_extra_state`` returned.
+
+        Args:
+            state: the three numbers.
+
+        Raises:
+            ConfigError: this layer has no such rank.
+        """
+        mode, temperature, rank = state.tolist()
+        if not self.min_rank <= rank <= self.max_rank:
+            raise ConfigError(
+                f"AdaptiveRankSemiseparableLayer: expected an active_rank from {self.min_rank} to {self.max_rank}, got "
+                f"{rank:g} from the checkpoint; build the layer with its ranks."
+            )
+        self.set_gate_mode(tuple(MODES)[int(mode)], temperature)
+        self.active_rank = int(rank)
+
     def forward(
         self,
         x: Float[Tensor, "b t d"],
         state: State | None = None,
-        segment_ids: Int[Tensor, "b t"] | None = None,
+        segment_ids: Int[Tensor, "*#b t"] | None = None,
         *,
+        padding_mask: Bool[Tensor, "b t"] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "b t d"], dict[str, Any]]:
         """Return y, and what it was made of.
@@ -185,7 +216,10 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             x: activations.
             state: ``diagnostics["state"]`` of the tokens before; none by default. It belongs to the sequence of the
                 first token: where another one begins there, give none, or zeros in that row.
-            segment_ids: equal numbers for the tokens of one sequence of a packed row; nothing crosses between two.
+            segment_ids: equal numbers for the tokens of one sequence of a packed row; nothing crosses between two. (T,)
+                holds for all rows.
+            padding_mask: False where a token is padding: whatever stands there, it neither writes nor forgets, is
+                none of the neighbours in the band, and does not count among the gates.
             generator: of the noise of mode ``"gumbel"`` in training; the default generator of the device without.
 
         Returns:
@@ -194,13 +228,18 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             weight), ``t_component`` (of the band) and ``uv_component`` (of the semiseparable matrix).
 
         Raises:
-            ShapeError: x is not (B, T, D) with a token, or the state does not fit.
+            ShapeError: x is not (B, T, D) with a token, or another argument does not fit it.
             DomainError: x is not real.
+            ConfigError: the state is none of this layer's.
         """
-        self._check_input(x)
+        self._check_input(x, state, segment_ids, padding_mask)
         entering = self.initial_state(x) if state is None else state
+        if padding_mask is not None:
+            x = torch.where(padding_mask[..., None], x, 0.0)
         gates = self._gates(x, generator)
         decay, share = self._decay(x)
+        if padding_mask is not None:
+            gates, decay = (torch.where(padding_mask[..., None], *z) for z in ((gates, 0.0), (decay, 1.0)))
         u = self.u_proj(x) * gates * share
         v = self.v_proj(x) * gates
         if self.value_proj is None:
@@ -209,13 +248,13 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             values = self.value_proj(x)
             u, v = u.to(values.dtype), v.to(values.dtype)
             mixed, mixer = semiseparable.operator(values, u, v, decay, entering.mixer, segment_ids, chunk=self.chunk)
-        local, band = semiseparable.banded(x, self.taps, entering.band, segment_ids)
+        local, band = self._banded(x, entering.band, segment_ids, padding_mask)
         weighted = self.output_proj(mixed.to(self.output_proj.weight.dtype))
         diagnostics = {
             "state": State(mixer, band),
             "gates": gates,
-            "effective_rank": rank_gate.effective_rank(gates.detach()).mean(),
-            "gate_l1_loss": self.l1_regularization * rank_gate.l1(gates).mean(),
+            "effective_rank": _mean(rank_gate.effective_rank(gates.detach()), padding_mask),
+            "gate_l1_loss": self.l1_regularization * _mean(rank_gate.l1(gates), padding_mask),
             "t_component": local,
             "uv_component": weighted,
         }
@@ -233,6 +272,8 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
 
     def _gates(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the gates (B, T, R)."""
+        if self.gate is None:
+            return x.new_ones(*x.shape[:2], self.max_rank, dtype=autocast_dtype(x))
         logits, mode = self.gate(x), MODES[self.gate_mode]
         noise = None
         if mode == "binary_concrete" and self.training:
@@ -259,8 +300,32 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             steps = steps * softplus(self.time_step(x).to(kind))
         return torch.exp(-steps), -torch.expm1(-steps)
 
-    def _check_input(self, x: Tensor) -> None:
-        """Raise unless x is real (B, T, D) with a token."""
+    def _banded(
+        self, x: Tensor, entering: Tensor, segment_ids: Tensor | None, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the band of x, and the last inputs; padding is moved to the front of its row, and its band back."""
+        if padding_mask is None:
+            return semiseparable.banded(x, self.taps, entering, segment_ids)
+        kind, (rows, length, width), before = accumulation_dtype(x.dtype), x.shape, entering.shape[1]
+        runs = x.new_zeros(rows, length, dtype=torch.int64)
+        if segment_ids is not None:
+            runs = runs + pad(segment_ids[..., 1:] != segment_ids[..., :-1], (1, 0)).cumsum(-1)
+        inputs = torch.cat([entering.to(kind).expand(rows, -1, -1), x.to(kind)], 1)
+        order = pad(padding_mask.long(), (before, 0), value=1).argsort(dim=1, stable=True)
+        numbers = pad(runs, (before, 0)).gather(1, order)
+        y, last = semiseparable.banded(
+            inputs.gather(1, order[..., None].expand(-1, -1, width)), self.taps, None, numbers
+        )
+        y = y.gather(1, order.argsort(1)[:, before:, None].expand(-1, -1, width))
+        last = torch.where((numbers[:, length:] == runs[:, -1:])[..., None], last, 0.0)
+        return y.to(x.dtype), last.to(entering.dtype)
+
+    def _check_input(
+        self, x: Tensor, state: State | None, segment_ids: Tensor | None, padding_mask: Tensor | None
+    ) -> None:
+        """Raise unless x is real (B, T, D) with a token, and the others may stand beside it."""
+        expect_tensors("AdaptiveRankSemiseparableLayer", x=x)
+        expect_tensors_or_none("AdaptiveRankSemiseparableLayer", segment_ids=segment_ids, padding_mask=padding_mask)
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.d_model:
             raise ShapeError(
                 f"AdaptiveRankSemiseparableLayer: expected activations (B, T, {self.d_model}) with at least one token, "
@@ -271,6 +336,16 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
                 f"AdaptiveRankSemiseparableLayer: expected real activations, got {x.dtype}; give the real part, or "
                 "real and imaginary parts as channels."
             )
+        if state is not None and not isinstance(state, State):
+            raise ConfigError(
+                f"AdaptiveRankSemiseparableLayer: expected a State of mixer and band, got {type(state).__name__}; give "
+                "back diagnostics['state'] of the call before."
+            )
+        if padding_mask is not None and (padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool):
+            raise ShapeError(
+                f"AdaptiveRankSemiseparableLayer: expected a boolean padding_mask {tuple(x.shape[:2])}, True where a "
+                f"token counts, got {padding_mask.dtype} {tuple(padding_mask.shape)}."
+            )
 
     def extra_repr(self) -> str:
         """Return the options."""
@@ -278,6 +353,14 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             f"d_model={self.d_model}, max_rank={self.max_rank}, min_rank={self.min_rank}, core={self.core!r}, "
             f"decays={self.decays!r}, gate_mode={self.gate_mode!r}"
         )
+
+
+def _mean(rows: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Return the mean over all tokens that count of means (B,) over all tokens of a row; 0 where there is none."""
+    if padding_mask is None:
+        return rows.sum() / max(len(rows), 1)
+    count = padding_mask.sum(dtype=accumulation_dtype(rows.dtype)).clamp(min=1)
+    return (rows.sum() * padding_mask.shape[1] / count).to(rows.dtype)
 
 
 def _check(d_model: int, max_rank: int, min_rank: int, hidden: int, band_width: int, l1: float, chunk: int) -> None:

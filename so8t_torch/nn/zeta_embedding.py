@@ -10,6 +10,7 @@ Operation: so8t_torch/ops/zeta.py. Derivation: docs/math/zeta.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,13 +35,15 @@ class ZetaEmbedding(nn.Module):
         power: exponent of γ_1/γ_j, positive.
         mode: ``"scaled"`` (the formula above), ``"inverse"`` 1/γ_j, or ``"direct"`` γ_j/2π, which is aliased.
         device: of the parameters.
-        dtype: of the result.
+        dtype: of the result, which is rounded once; frequencies are float64 in any module.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
-    amplitude: Tensor
+    frequencies: Tensor
+    like: Tensor
+    """Nothing, on the device and in the dtype of the results."""
 
     def __init__(
         self,
@@ -65,24 +68,21 @@ class ZetaEmbedding(nn.Module):
         super().__init__()
         self.max_len, self.d_model, self.scale = max_len, d_model, scale
         self.omega_max, self.power, self.mode = omega_max, power, mode
-        self.register_buffer("amplitude", torch.empty((), device=device, dtype=dtype))
+        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("frequencies", self._frequencies(), persistent=False)
         rows = torch.empty(max_len, d_model, device=device, dtype=dtype) if trainable else None
         self.weight = None if rows is None else nn.Parameter(rows)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the amplitude, and the trained rows back to the formula."""
-        self.amplitude.fill_(self.scale)
+        """Set the trained rows back to the formula."""
         if self.weight is not None:
             self.weight.copy_(self.formula(torch.arange(self.max_len, device=self.weight.device)))
 
     def formula(self, positions: Int[Tensor, "*batch t"]) -> Float[Tensor, "*batch t d"]:
         """Return a·(sin φ_1, cos φ_1, …) of any positions, trained rows or not."""
-        waves = zeta.embedding(
-            positions.double(), self.d_model, omega_max=self.omega_max, power=self.power, mode=self.mode
-        )
-        return (self.amplitude.double() * waves).to(self.amplitude.dtype)
+        return (self.scale * zeta.waves(positions, self.frequencies, self.d_model)).to(self.like.dtype)
 
     def forward(self, positions: Int[Tensor, "*batch t"]) -> Float[Tensor, "*batch t d"]:
         """Return the vectors of positions.
@@ -101,6 +101,18 @@ class ZetaEmbedding(nn.Module):
         inside = (positions >= 0) & (positions < self.max_len)
         rows = nn.functional.embedding(torch.where(inside, positions, 0), self.weight)
         return torch.where(inside[..., None], rows, computed)
+
+    def _frequencies(self) -> Tensor:
+        """Return ω, a sine and a cosine for each, in float64."""
+        count = (self.d_model + 1) // 2
+        found = zeta.frequencies(count, omega_max=self.omega_max, power=self.power, mode=self.mode)
+        return found.to(self.like.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZetaEmbedding:
+        """Move and convert like any module, but frequencies to no other dtype."""
+        super()._apply(fn, recurse)
+        self.frequencies = self._frequencies()
+        return self
 
     def extra_repr(self) -> str:
         """Return sizes and options."""

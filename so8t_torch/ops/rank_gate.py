@@ -25,6 +25,7 @@ from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 
 __all__ = ["effective_rank", "l1", "logistic", "rank_gate", "temperature"]
 
@@ -158,12 +159,14 @@ def _largest(score: Tensor, count: int, active: int | None) -> Tensor:
 
 def _check_real(name: str, what: str, x: Tensor) -> None:
     """Raise unless x is real."""
+    expect_tensors(f"rank_gate.{name}", **{what: x})
     if not x.is_floating_point():
         raise DomainError(f"rank_gate.{name}: expected {what} of a real floating dtype, got {x.dtype}; convert it.")
 
 
 def _check_gates(name: str, gates: Tensor) -> None:
     """Raise unless there is a real gate."""
+    expect_tensors(f"rank_gate.{name}", gates=gates)
     if gates.ndim < 2 or 0 in gates.shape[-2:]:
         raise ShapeError(
             f"rank_gate.{name}: expected gates (..., T, R) with at least one token and channel, "
@@ -174,6 +177,8 @@ def _check_gates(name: str, gates: Tensor) -> None:
 
 def _check_logits(logits: Tensor, noise: Tensor | None) -> None:
     """Raise unless the logits are real with a channel, and the noise is like them."""
+    expect_tensors("rank_gate", logits=logits)
+    expect_tensors_or_none("rank_gate", noise=noise)
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ShapeError(f"rank_gate: expected logits (..., R) with at least one channel, got {tuple(logits.shape)}.")
     _check_real("rank_gate", "logits", logits)

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops import zeta
 
 __all__ = ["basis", "resonance", "transform"]
@@ -85,7 +86,7 @@ def transform(
         DomainError: an argument is not of a real floating dtype.
     """
     _check("transform", state, key_basis, value_basis)
-    with torch.autocast(state.device.type, enabled=False):
+    with without_autocast(state.device):
         return _rotate(*_wide(state, key_basis, value_basis)).to(state.dtype)
 
 
@@ -120,9 +121,10 @@ def resonance(
         DomainError: an argument is not of a real floating dtype.
         ConfigError: the energy is unknown, or threshold or temperature is out of range.
     """
+    expect_tensors_or_none("resonance", blend=blend)
     _check("resonance", state, key_basis, value_basis)
     _check_options(state, blend, threshold, temperature, energy)
-    with torch.autocast(state.device.type, enabled=False):
+    with without_autocast(state.device):
         wide, q_k, q_v = _wide(state, key_basis, value_basis)
         modes = _rotate(wide, q_k, q_v)
         found = _mode_energy(modes, energy)
@@ -176,6 +178,7 @@ def _norm_product(x: Tensor) -> Tensor:
 
 def _check(name: str, state: Tensor, key_basis: Tensor, value_basis: Tensor) -> None:
     """Raise unless states are (..., H, K, V), the bases (K, K) and (V, V), all real."""
+    expect_tensors(f"resonance.{name}", state=state, key_basis=key_basis, value_basis=value_basis)
     if state.ndim < 3:
         raise ShapeError(f"resonance.{name}: expected states (..., H, K, V), got {tuple(state.shape)}.")
     k, v = state.shape[-2:]

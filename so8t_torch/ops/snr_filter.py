@@ -26,6 +26,7 @@ from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.tensors import expect_tensors
 
 __all__ = ["importance", "signal_to_noise", "snr_filter", "statistics"]
 
@@ -144,6 +145,7 @@ def snr_filter(
         DomainError: an argument is not of a real floating dtype.
         ConfigError: an option is out of range.
     """
+    expect_tensors("snr_filter", decay=decay, eta=eta)
     _check("snr_filter", state, noise_floor)
     _check_tokens(state, decay, eta)
     _check_options(threshold, temperature, gamma_boost, eta_boost, cleanup)
@@ -194,6 +196,7 @@ def importance(
         DomainError: an argument is not of a real floating dtype.
         ConfigError: weights are not three numbers ≥ 0 with a positive sum, or another option is out of range.
     """
+    expect_tensors("snr_filter.importance", age=age)
     _check("importance", state, noise_floor)
     if age.shape != state.shape:
         raise ShapeError(
@@ -242,6 +245,7 @@ def _median(x: Tensor) -> Tensor:
 
 def _check(name: str, state: Tensor, noise_floor: float) -> None:
     """Raise unless the states are real (..., H, K, V) with entries, and the floor is positive."""
+    expect_tensors(f"snr_filter.{name}", state=state)
     if state.ndim < 3 or min(state.shape[-2:]) < 1:
         raise ShapeError(f"snr_filter.{name}: expected states (..., H, K, V) with K, V ≥ 1, got {tuple(state.shape)}.")
     if not state.is_floating_point():

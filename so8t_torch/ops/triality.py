@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from so8t_torch.core.errors import DomainError, ShapeError
+from so8t_torch.core.tensors import expect_tensors
 from so8t_torch.ops import rotation
 
 __all__ = [
@@ -83,8 +84,7 @@ def octonion_product(x: Float[Tensor, "*batch 8"], y: Float[Tensor, "*batch 8"])
     Numerics: sums of eight products, carried in float64 and rounded once.
     Source: J. Baez, "The octonions", Bull. Amer. Math. Soc. 39 (2002), section 2.
     """
-    _expect_last(x, 8, "octonion_product")
-    _expect_last(y, 8, "octonion_product")
+    _expect_last("octonion_product", 8, x=x, y=y)
     table = _PRODUCT.to(x.device)
     return torch.einsum("ikj,...i,...j->...k", table, x.double(), y.double()).to(x.dtype)
 
@@ -96,7 +96,7 @@ def octonion_conjugate(x: Float[Tensor, "*batch 8"]) -> Float[Tensor, "*batch 8"
         ShapeError: the last axis is not 8.
         DomainError: the dtype is not real floating.
     """
-    _expect_last(x, 8, "octonion_conjugate")
+    _expect_last("octonion_conjugate", 8, x=x)
     return torch.cat([x[..., :1], -x[..., 1:]], dim=-1)
 
 
@@ -147,7 +147,7 @@ def representations(coordinates: Float[Tensor, "*batch 28"]) -> Float[Tensor, "*
 
     Numerics: computed in float64 and rounded once, so the three stay one group element whatever the dtype.
     """
-    _expect_last(coordinates, 28, "representations")
+    _expect_last("representations", 28, coordinates=coordinates)
     vector = coordinates.double()
     generators = torch.stack([vector, left_spinor(vector), right_spinor(vector)], dim=-2)
     return rotation.exponential(generators).to(coordinates.dtype)
@@ -171,6 +171,7 @@ def apply(
         DomainError: the dtype of the coordinates is not real floating.
         BackendError: the backend cannot run this call.
     """
+    expect_tensors("triality.apply", coordinates=coordinates, x=x)
     if coordinates.ndim != 2 or coordinates.shape[-1] != 28 or x.shape[-1:] != (24 * coordinates.shape[0],):
         raise ShapeError(
             f"triality.apply: expected coordinates (n, 28) and x (..., 24 n), got {tuple(coordinates.shape)} "
@@ -181,13 +182,15 @@ def apply(
 
 def _spinor(coordinates: Tensor, constant: Tensor, name: str) -> Tensor:
     """Return constant · coordinates, carried in float64 and rounded once."""
-    _expect_last(coordinates, 28, name)
+    _expect_last(name, 28, coordinates=coordinates)
     return (coordinates.double() @ constant.T.to(coordinates.device)).to(coordinates.dtype)
 
 
-def _expect_last(x: Tensor, size: int, name: str) -> None:
-    """Raise unless the last axis has the given size and the dtype is real floating, as results keep the dtype."""
-    if x.ndim == 0 or x.shape[-1] != size:
-        raise ShapeError(f"triality.{name}: expected a last axis of {size}, got shape {tuple(x.shape)}.")
-    if not x.is_floating_point():
-        raise DomainError(f"triality.{name}: expected a real floating dtype, got {x.dtype}; convert it first.")
+def _expect_last(op: str, size: int, **given: Tensor) -> None:
+    """Raise unless the last axes have the given size and the dtypes are real floating, as results keep the dtype."""
+    expect_tensors(f"triality.{op}", **given)
+    for x in given.values():
+        if x.ndim == 0 or x.shape[-1] != size:
+            raise ShapeError(f"triality.{op}: expected a last axis of {size}, got shape {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise DomainError(f"triality.{op}: expected a real floating dtype, got {x.dtype}; convert it first.")

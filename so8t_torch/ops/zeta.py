@@ -25,6 +25,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DataError, DomainError, ShapeError
+from so8t_torch.core.tensors import expect_tensors
 
 __all__ = ["basis", "embedding", "frequencies", "linear_init", "singular_values", "unfolded", "zeros"]
 
@@ -184,15 +185,30 @@ def embedding(
 
     Numerics: angles in float64 and one rounding at the end; a phase of 10⁵ radians loses ten bits of it.
     """
-    if positions.ndim == 0:
-        raise ShapeError("zeta.embedding: expected positions (..., T), got a tensor without axes.")
+    expect_tensors("zeta.embedding", positions=positions)
     if positions.is_complex() or positions.dtype == torch.bool:
         raise DomainError(f"zeta.embedding: expected numbers of tokens as positions, got {positions.dtype}.")
     _expect_count(width, "embedding", "width")
     omega = frequencies((width + 1) // 2, omega_max=omega_max, power=power, mode=mode).to(positions.device)
+    found = scale * waves(positions, omega, width)
+    return found.to(positions.dtype if positions.is_floating_point() else torch.float32)
+
+
+def waves(positions: Num[Tensor, "*batch t"], omega: Float[Tensor, " n"], width: int) -> Float[Tensor, "*batch t d"]:
+    """Return (sin φ_1, cos φ_1, sin φ_2, …) of φ_j = p ω_j in float64, where the positions are.
+
+    Args:
+        positions: p.
+        omega: what ``frequencies`` returned, on the device of the positions.
+        width: D, twice as many as frequencies, or one less.
+
+    Raises:
+        ShapeError: positions have no axis of tokens.
+    """
+    if positions.ndim == 0:
+        raise ShapeError("zeta.embedding: expected positions (..., T), got a tensor without axes.")
     phase = positions.double()[..., None] * omega
-    waves = torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)[..., :width]
-    return (scale * waves).to(positions.dtype if positions.is_floating_point() else torch.float32)
+    return torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)[..., :width]
 
 
 def singular_values(n: int) -> Float[Tensor, " n"]:
@@ -253,6 +269,7 @@ def _orthonormal(noise: Tensor) -> Tensor:
 
 def _expect_noise(left: Tensor, right: Tensor) -> None:
     """Raise unless noise is (..., m, r) and (..., n, r) with r = min(m, n) ≥ 1, real and of one dtype."""
+    expect_tensors("zeta.linear_init", left=left, right=right)
     if min(left.ndim, right.ndim) < 2 or left.shape[:-2] != right.shape[:-2]:
         raise ShapeError(
             f"zeta.linear_init: expected noise (..., m, r) and (..., n, r), got {tuple(left.shape)} and "

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from finite_differences import check_every_parameter
 from torch import nn
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
@@ -17,6 +18,8 @@ OPTIONS = [
     {"adaptive_hopping": True, "memory_heads": 2},
     {"adaptive_decay": False, "memory_heads": 2, "mode": "full"},
     {"mode": "full", "channels": 1},
+    {"include_gamma_in_h": False, "memory_heads": 2},
+    {"include_gamma_in_h": False, "adaptive_decay": False, "memory_heads": 2},
 ]
 
 
@@ -57,26 +60,13 @@ def test_the_features_are_those_of_dense_resolvents(hermitian):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_parameter_gets_the_gradient_of_finite_differences(options):
     module, x = layer(**options), drawn(2, 6, WIDTH, seed=1)
-    parameters = dict(module.named_parameters())
 
     def loss():
         mixed = module(x)
         weights = drawn(*mixed.features.shape, seed=2)
         return (mixed.features * weights).sum() + (mixed.potential.memory_gamma * 3.0).square().sum()
 
-    slopes = torch.autograd.grad(loss(), list(parameters.values()))
-    for (name, parameter), slope in zip(parameters.items(), slopes, strict=True):
-        assert torch.isfinite(slope).all()
-        assert slope.any(), f"{name} gets no gradient"
-        direction = drawn(*parameter.shape, seed=4)
-        with torch.no_grad():
-            ends = []
-            for step in (1e-6, -1e-6):
-                parameter.add_(direction, alpha=step)
-                ends.append(loss())
-                parameter.sub_(direction, alpha=step)
-        found = (ends[0] - ends[1]) / 2e-6
-        assert torch.allclose(found, (slope * direction).sum(), rtol=1e-6, atol=1e-7), name
+    check_every_parameter(module, loss, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("options", [{}, {"adaptive_hopping": True}, {"hermitian": False}], ids=str)
@@ -124,9 +114,19 @@ def test_packed_documents_and_padding_are_invisible_to_each_other(options):
 
 def test_the_rates_enter_the_resolvent_and_can_be_kept_out():
     x = drawn(1, 8, WIDTH)
-    inside, outside = layer(), layer(include_gamma_in_h=False)
-    outside.load_state_dict(inside.state_dict())
-    assert not torch.allclose(inside(x).features, outside(x).features)
+    inside, outside = layer(memory_heads=3), layer(memory_heads=3, include_gamma_in_h=False)
+    weights = inside.state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        outside.load_state_dict(weights)
+    for name in ("potential.projection.weight", "potential.projection.bias"):
+        weights[name] = torch.cat([weights[name][:2], weights[name][4:]])
+    outside.load_state_dict(weights)
+    found = outside(x)
+    assert torch.equal(found.potential.v, inside(x).potential.v)
+    assert torch.equal(found.potential.memory_gamma, inside(x).potential.memory_gamma)
+    assert not found.potential.gamma.any()
+    assert torch.allclose(found.features, dense(outside, x), rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(found.features, inside(x).features)
     bound = 1 / (inside(x).potential.gamma + inside.z().imag)
     size = torch.linalg.vector_norm(inside(x).features.unflatten(-1, (2, 2)), dim=-2)
     assert (size <= bound).all()
@@ -174,15 +174,19 @@ def test_statistics_of_many_tokens_and_of_none():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_half_weights_keep_the_resolvent_in_single_precision(dtype):
+def test_autocast_and_half_weights_answer_in_their_dtype_and_carry_single_precision(dtype):
     x = drawn(2, 9, WIDTH, dtype=torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         mixed = layer(torch.float32)(x)
-    assert mixed.features.dtype == torch.float32
-    assert torch.allclose(mixed.features, layer(torch.float32)(x).features, rtol=0.1, atol=0.1)
-    half = layer(dtype)(x.to(dtype))
-    assert half.features.dtype == torch.float32
-    assert half.state.dtype == torch.complex64
+    half = layer(torch.float32).to(dtype)(x.to(dtype))
+    for found in (mixed, half):
+        assert found.features.dtype == dtype
+        assert torch.allclose(found.features.float(), layer(torch.float32)(x).features, rtol=0.1, atol=0.1)
+        assert found.state.dtype == torch.complex64
+        g = torch.view_as_real(found.state).movedim(-1, 1).flatten(1)
+        assert torch.equal(found.features[:, -1], g.to(dtype))
+        assert not torch.equal(g.to(dtype).float(), g), "the resolvent is rounded once, after it was carried"
+        assert {part.dtype for part in found.potential} == {torch.float32}
 
 
 def test_the_layer_compiles_to_one_graph():

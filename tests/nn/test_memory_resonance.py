@@ -109,6 +109,10 @@ def test_the_bases_are_saved_shared_by_instances_and_never_rounded_below_float32
     assert half.resonance_gate.dtype == torch.bfloat16
     assert half.transform.key_basis.dtype == torch.float32
     assert torch.equal(half.transform.key_basis, resonance.basis(16).float())
+    for wide in (half.double(), MemoryResonanceLayer(16, 2).double()):
+        assert torch.equal(wide.transform.key_basis, resonance.basis(16))
+    half = half.to(torch.bfloat16)
+    assert half.transform.key_basis.dtype == torch.float32
     state, info = half(drawn(1, 2, 16, 16).bfloat16())
     assert state.dtype == info["resonance_mask"].dtype == torch.bfloat16
 

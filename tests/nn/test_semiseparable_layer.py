@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from finite_differences import check_every_parameter
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.nn.semiseparable import AdaptiveRankSemiseparableLayer
@@ -15,6 +16,7 @@ OPTIONS = [
     {"adaptive_time_step": True},
     {"decays": "none", "core": "compat"},
     {"decays": "uniform", "band_width": 1},
+    {"min_rank": 5},
 ]
 
 
@@ -59,28 +61,16 @@ def test_it_is_the_sum_over_pairs_of_tokens(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_parameter_gets_the_gradient_of_finite_differences(options):
     module, x = layer(**options), drawn(2, 7, WIDTH, seed=1)
-    parameters, weights = dict(module.named_parameters()), drawn(2, 7, WIDTH, seed=2)
-    with torch.no_grad():
+    weights = drawn(2, 7, WIDTH, seed=2)
+    if module.gate is not None:
         # away from logits of exactly zero, where the floor has a kink
-        module.gate[-1].bias.copy_(drawn(5, seed=6))
+        torch.nn.init.normal_(module.gate[-1].bias, generator=torch.Generator().manual_seed(7))
 
     def loss():
         y, diagnostics = module(x)
         return (y * weights).sum() + module.aux_loss(diagnostics)
 
-    slopes = torch.autograd.grad(loss(), list(parameters.values()))
-    for (name, parameter), slope in zip(parameters.items(), slopes, strict=True):
-        assert slope.isfinite().all()
-        assert slope.any(), f"{name} gets no gradient"
-        direction = drawn(*parameter.shape, seed=4)
-        with torch.no_grad():
-            ends = []
-            for step in (1e-6, -1e-6):
-                parameter.add_(direction, alpha=step)
-                ends.append(loss())
-                parameter.sub_(direction, alpha=step)
-        found = (ends[0] - ends[1]) / 2e-6
-        assert torch.allclose(found, (slope * direction).sum(), rtol=1e-6, atol=1e-7), name
+    check_every_parameter(module, loss, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["soft", "ste", "gumbel"])
@@ -117,6 +107,94 @@ def test_packed_sequences_are_those_sequences_alone():
     packed, _ = module(x, segment_ids=torch.tensor([[0] * 5 + [1] * 7]))
     alone = torch.cat([module(part)[0] for part in (x[:, :5], x[:, 5:])], 1)
     assert torch.allclose(packed, alone, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["soft", "ste", "gumbel"])
+def test_channels_that_are_all_open_at_every_token_have_no_gate(mode):
+    module, x = layer(min_rank=5), drawn(2, 9, WIDTH)
+    module.set_gate_mode(mode)
+    assert not [name for name in module.state_dict() if name.startswith("gate.")]
+    diagnostics = module(x)[1]
+    assert torch.equal(diagnostics["gates"], torch.ones(2, 9, 5, dtype=x.dtype))
+    assert diagnostics["effective_rank"] == 5
+    assert math.isclose(module.aux_loss(diagnostics).item(), module.l1_regularization)
+
+
+PADDED = [[False] * 2 + [True] * 5 + [False] * 3 + [True] * 3 + [False], [True] * 8 + [False] * 6]
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4, math.inf, math.nan])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_padding_is_invisible_wherever_it_stands(options, garbage):
+    module, mask = layer(**options), torch.tensor(PADDED)
+    with torch.no_grad():
+        x, before = drawn(2, 8, WIDTH), module(drawn(2, 4, WIDTH, seed=1))[1]["state"]
+    padded = torch.full((2, 14, WIDTH), garbage, dtype=x.dtype)
+    padded[mask] = x.flatten(0, 1)
+    (alone, wanted), (found, diagnostics) = module(x, before), module(padded, before, padding_mask=mask)
+    assert torch.allclose(found[mask], alone.flatten(0, 1), rtol=1e-11, atol=1e-12)
+    for name in ("gates", "t_component", "uv_component"):
+        assert torch.allclose(diagnostics[name][mask], wanted[name].flatten(0, 1), rtol=1e-11, atol=1e-12)
+    for name in ("effective_rank", "gate_l1_loss"):
+        assert torch.allclose(diagnostics[name], wanted[name], rtol=1e-11)
+    for a, b in zip(diagnostics["state"], wanted["state"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+    slopes = (torch.autograd.grad(y.sum(), list(module.parameters())) for y in (found[mask], alone))
+    for slope, expected in zip(*slopes, strict=True):
+        assert torch.allclose(slope, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_a_row_of_padding_alone_hands_its_state_on():
+    module, x = layer(), drawn(2, 5, WIDTH)
+    before = module(drawn(2, 4, WIDTH, seed=1))[1]["state"]
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    diagnostics = module(x, before, padding_mask=mask)[1]
+    for carried, handed in zip(diagnostics["state"], before, strict=True):
+        assert torch.equal(carried[1], handed[1])
+    nothing = module(x, before, padding_mask=torch.zeros_like(mask))[1]
+    assert nothing["effective_rank"] == nothing["gate_l1_loss"] == 0
+
+
+def test_segments_part_tokens_across_padding_too():
+    module, x = layer(adaptive_time_step=True), drawn(1, 9, WIDTH)
+    before = module(drawn(1, 4, WIDTH, seed=1))[1]["state"]
+    mask = torch.tensor([[True] * 3 + [False] * 2 + [True] * 4])
+    ids = torch.tensor([[4] * 4 + [0] * 5])
+    found, diagnostics = module(x, before, ids, padding_mask=mask)
+    first, second = module(x[:, :3], before)[0], module(x[:, 5:])
+    assert torch.allclose(found[mask], torch.cat([first, second[0]], 1)[0], rtol=1e-11, atol=1e-12)
+    for a, b in zip(diagnostics["state"], second[1]["state"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+    # the last token is padding of a document that has not begun
+    ids = torch.tensor([[4] * 8 + [0]])
+    ended = module(x, before, ids, padding_mask=torch.tensor([[True] * 8 + [False]]))[1]["state"]
+    assert not any(part.any() for part in ended)
+
+
+def test_no_rows_give_no_rows_and_a_finite_loss():
+    module = layer()
+    y, diagnostics = module(drawn(0, 4, WIDTH))
+    assert y.shape == (0, 4, WIDTH)
+    assert diagnostics["effective_rank"] == module.aux_loss(diagnostics) == 0
+    (y.sum() + module.aux_loss(diagnostics)).backward()
+    assert all(not parameter.grad.any() for parameter in module.parameters())
+
+
+def test_the_state_dict_keeps_gate_mode_temperature_and_rank(tmp_path):
+    module, other, x = layer(min_rank=1), layer(min_rank=1).eval(), drawn(2, 9, WIDTH)
+    module.set_gate_mode("ste", 0.3)
+    module.update_rank_schedule(50, 100)
+    torch.save(module.state_dict(), tmp_path / "layer.pt")
+    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    assert (other.gate_mode, other.gumbel_temperature, other.active_rank) == ("ste", 0.3, 3)
+    assert torch.equal(module(x)[0], other(x)[0])
+    assert all(isinstance(value, torch.Tensor) for value in module.state_dict().values()), "safetensors take no others"
+    weights = {name: value for name, value in module.state_dict().items() if "extra" not in name}
+    fresh = layer(min_rank=1)
+    assert fresh.load_state_dict(weights, strict=False).missing_keys == ["_extra_state"]
+    assert (fresh.gate_mode, fresh.active_rank) == ("soft", 5)
+    with pytest.raises(ConfigError, match="active_rank from 4 to 5, got 3"):
+        layer(min_rank=4).load_state_dict(module.state_dict())
 
 
 def test_gates_of_every_mode():
@@ -229,4 +307,13 @@ def test_bad_options_and_inputs_are_refused():
         module(drawn(1, 0, WIDTH))
     with pytest.raises(DomainError, match="real activations"):
         module(drawn(1, 3, WIDTH).to(torch.complex128))
+    x, before = drawn(1, 3, WIDTH), module(drawn(1, 3, WIDTH))[1]["state"]
+    for state in (tuple(before), before.mixer, list(before)):
+        with pytest.raises(ConfigError, match=r"expected a State.* got (tuple|Tensor|list)"):
+            module(x, state)
+    with pytest.raises(ShapeError, match="initial state"):
+        module(x, before._replace(band=before.band[..., :3]))
+    for mask in (torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 3)):
+        with pytest.raises(ShapeError, match=r"boolean padding_mask \(1, 3\)"):
+            module(x, padding_mask=mask)
     assert "core='operator'" in repr(module)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from so8t_torch.core.errors import ConfigError, DomainError
 from so8t_torch.nn.zeta_embedding import ZetaEmbedding
@@ -27,11 +28,53 @@ def test_rows_are_the_formula(width):
     assert torch.allclose(layer(positions), expected, rtol=0, atol=1e-12)
 
 
-def test_without_training_nothing_but_the_amplitude_is_stored():
+def test_without_training_nothing_is_stored():
     layer = ZetaEmbedding(4096, 64)
     assert not list(layer.parameters())
-    assert [name for name, _ in layer.named_buffers()] == ["amplitude"]
-    assert list(layer.state_dict()) == ["amplitude"]
+    assert not layer.state_dict()
+    assert list(ZetaEmbedding(4096, 64, trainable=True).state_dict()) == ["weight"]
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that are made of numbers of the host, and moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_to_copy" in str(func) and (kwargs or {}).get("device") is not None:
+            self.seen.append(str(func))
+        found = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in (*args, found) if isinstance(x, torch.Tensor) and x.ndim}
+        if len(devices) > 1:
+            self.seen.append(f"{func} from {devices}")
+        return found
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_call_moves_nothing_between_devices(trainable):
+    layer = ZetaEmbedding(4, 8, trainable=trainable).to("meta")
+    positions = torch.arange(9, device="meta")
+    with Copies() as copies:
+        assert layer(positions).shape == (9, 8)
+    assert not copies.seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.1, 0.0283, math.pi])
+def test_a_half_precision_row_is_the_formula_rounded_once(dtype, scale):
+    positions = torch.arange(3000)
+    exact = zeta.embedding(positions.double(), 8, scale=scale)
+    built, converted = ZetaEmbedding(3000, 8, scale=scale, dtype=dtype), ZetaEmbedding(3000, 8, scale=scale).to(dtype)
+    for layer in (built, converted, ZetaEmbedding(3000, 8, trainable=True, scale=scale, dtype=dtype)):
+        assert torch.equal(layer(positions), exact.to(dtype))
+
+
+def test_frequencies_keep_their_precision_in_any_module():
+    positions, exact = torch.arange(3000, 3010), by_hand(range(3000, 3010), 8)
+    layer = ZetaEmbedding(4, 8).bfloat16().double()
+    assert torch.allclose(layer(positions), exact, rtol=0, atol=1e-12)
 
 
 def test_trained_rows_start_at_the_formula_and_the_formula_goes_on_behind_them():

@@ -15,14 +15,14 @@ Twin: so8t_jax/ops/hebbian.py. Derivation: docs/math/hebbian.md.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ShapeError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
+from so8t_torch.core.tensors import expect_tensors
 from so8t_torch.ops.hebbian import arguments, autograd, eager
 from so8t_torch.ops.hebbian.arguments import Discretization, KeyNorm, Rule
 from so8t_torch.ops.hebbian.monitors import energy_balance, state_bound
@@ -78,6 +78,7 @@ def hebbian(
         float32.
     """
     arguments.check_options("hebbian", rule=rule, discretization=discretization, key_norm=key_norm)
+    expect_tensors("hebbian", q=q, k=k, v=v)
     arguments.check_kinds("hebbian", q=q, v=v)
     if q.shape != k.shape:
         raise ShapeError(f"hebbian: expected queries of the shape of keys {tuple(k.shape)}, got {tuple(q.shape)}.")
@@ -89,7 +90,7 @@ def hebbian(
         "hebbian", backend, _candidates(rule, q, k, v, decay, eta, *(() if initial is None else (initial,)))
     )
     flat = arguments.rows(given, q), keys, given.v, given.log_decay, strength, given.initial, given.restart
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device):
         if chosen == "eager":
             y, final = eager.recurrence(*flat, delta=rule == "delta")
         else:

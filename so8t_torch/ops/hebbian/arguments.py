@@ -15,6 +15,7 @@ from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 
 Rule = Literal["hebb", "delta"]
 Discretization = Literal["euler", "zoh"]
@@ -153,6 +154,7 @@ def check_kinds(op: str, **tensors: Tensor | None) -> None:
 
 def check_token(op: str, state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, eta: Tensor) -> None:
     """Raise unless one token fits the state (..., H, K, V)."""
+    expect_tensors(f"hebbian.{op}", state=state, q=q, k=k, v=v, decay=decay, eta=eta)
     if state.ndim < 3 or 0 in state.shape[-3:]:
         raise ShapeError(f"hebbian.{op}: expected a state (..., H, K, V), got {tuple(state.shape)}.")
     *heads, width, depth = state.shape
@@ -189,6 +191,8 @@ def _check(
     segment_ids: Tensor | None,
 ) -> None:
     """Raise unless shapes, dtypes and devices fit together."""
+    expect_tensors(f"hebbian.{op}", k=k, v=v, decay=decay, eta=eta)
+    expect_tensors_or_none(f"hebbian.{op}", initial=initial, segment_ids=segment_ids)
     if v.ndim < 3 or 0 in v.shape[-3:]:
         raise ShapeError(
             f"hebbian.{op}: expected values (..., T, H, V) with at least one token, head and channel, "

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from so8t_torch.core.backend import interpreting
 from so8t_torch.core.launch import Tile, launch
+from so8t_torch.core.rounding import rounded
 
 CHUNKS = (16, 32, 64)
 """Tokens per chunk for which there are kernels."""
@@ -48,16 +49,6 @@ READ_TILES = {
 }
 GATES_TILES = {2: (_tile(8, 16, 32),), 4: (_tile(8, 16, 16),), 8: (_tile(8, 16, 16),)}
 """Bytes per element → tiles."""
-
-
-@triton.jit
-def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Cast to the nearest value of ``dtype``, ties to even; the interpreter truncates bfloat16 by itself."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True)
-    return value.to(dtype)
 
 
 @triton.jit
@@ -240,7 +231,7 @@ def read_kernel(
         y *= tl.load(eta_ptr + first + tokens * heads, mask=tokens < left, other=0.0)[:, None]
     at = y_ptr + first * dv + tokens[:, None] * (heads * dv) + b[None, :]
     in_range = (tokens < left)[:, None] & (b < dv)[None, :]
-    tl.store(at, _rounded(y, y_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
+    tl.store(at, rounded(y, y_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
 
 
 @triton.jit

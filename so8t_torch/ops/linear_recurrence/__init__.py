@@ -22,6 +22,7 @@ from torch import Tensor
 from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import DomainError, ShapeError
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops.linear_recurrence import autograd, eager
 
 __all__ = ["cumulative_sum", "linear_recurrence"]
@@ -99,6 +100,7 @@ def cumulative_sum(
     Raises:
         ShapeError, DomainError, BackendError: as in ``linear_recurrence``.
     """
+    expect_tensors("cumulative_sum", x=x)
     one = torch.ones((), dtype=eager.accumulation(x.dtype) if x.is_floating_point() else torch.float32, device=x.device)
     _check(one, x, None, None)
     kernel, blocked, plain = _candidates(one, x)
@@ -156,6 +158,8 @@ def _candidates(*tensors: Tensor) -> list[Candidate]:
 
 def _check(a: Tensor, b: Tensor, initial: Tensor | None, segment_ids: Tensor | None) -> None:
     """Raise unless shapes, dtypes and devices fit together."""
+    expect_tensors("linear_recurrence", a=a, b=b)
+    expect_tensors_or_none("linear_recurrence", initial=initial, segment_ids=segment_ids)
     if b.ndim < 2 or 0 in b.shape[-2:]:
         raise ShapeError(
             f"linear_recurrence: expected inputs (..., T, C) with at least one token and one channel, "

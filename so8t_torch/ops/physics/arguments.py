@@ -10,6 +10,7 @@ from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.tensors import expect_tensors
 
 Diagnostics = dict[str, Tensor]
 
@@ -33,6 +34,7 @@ def match(op: str, **arguments: tuple[Tensor | None, str]) -> None:
         ShapeError: a pattern does not fit.
     """
     given = {name: (tensor, pattern) for name, (tensor, pattern) in arguments.items() if tensor is not None}
+    expect_tensors(f"physics.{op}", **{name: tensor for name, (tensor, _) in given.items()})
     sizes: dict[str, int] = {}
     fits = all(_fits(tensor.shape, pattern.split(), sizes) for tensor, pattern in given.values())
     if not fits or not _broadcast([_leading(tensor.shape, pattern) for tensor, pattern in given.values()]):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from so8t_torch.core.errors import ConfigError, DomainError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
 from so8t_torch.ops.physics.arguments import (
     Diagnostics,
     check_numbers,
@@ -90,7 +90,7 @@ def memory_balance(
     states, keys, values, retention, eta = (x.double() for x in widened(op, states, keys, values, retention, eta))
     energy = states.square().sum((-2, -1)) / 2
     strength = eta.square() * keys.square().sum(-1) * values.square().sum(-1)
-    with torch.autocast(states.device.type, enabled=False):
+    with without_autocast(states.device):
         overlap = ((states[..., :-1, :, :] @ values[..., None])[..., 0] * keys).sum(-1)
     dissipation = (1 - retention.square()) * energy[..., :-1]
     supply = retention * eta * overlap + strength / 2

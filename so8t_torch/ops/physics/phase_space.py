@@ -21,6 +21,7 @@ from torch.nn.functional import softplus
 
 from so8t_torch.core.backend import Candidate, choose, explain
 from so8t_torch.core.errors import ConfigError
+from so8t_torch.core.precision import without_autocast
 from so8t_torch.ops.physics import reversible
 from so8t_torch.ops.physics.arguments import check_numbers, match, not_negative, positive, widened
 
@@ -52,7 +53,7 @@ def energy(
     """
     x, inverse_mass, *potential = _checked("energy", x, inverse_mass, kappa, scales, weights, biases)
     q, p = x.chunk(2, -1)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return (inverse_mass * p.square()).sum(-1) / 2 + _potential(q, *potential)
 
 
@@ -65,11 +66,10 @@ def energy_gradient(
     biases: Float[Tensor, " m"],
 ) -> Float[Tensor, "*batch two_d"]:
     """Return ∇H(x) = (∇V(q), M⁻¹ p) in the dtype of x; arguments and errors are those of ``energy``."""
-    dtype = x.dtype
-    x, inverse_mass, *potential = _checked("energy_gradient", x, inverse_mass, kappa, scales, weights, biases)
-    q, p = x.chunk(2, -1)
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.cat([-reversible.force(q, *potential), inverse_mass * p], -1).to(dtype)
+    wide, inverse_mass, *potential = _checked("energy_gradient", x, inverse_mass, kappa, scales, weights, biases)
+    q, p = wide.chunk(2, -1)
+    with without_autocast(x.device):
+        return torch.cat([-reversible.force(q, *potential), inverse_mass * p], -1).to(x.dtype)
 
 
 def discrete_gradient(
@@ -169,7 +169,7 @@ def leapfrog(
     state, *wide = _checked("leapfrog", x, *parameters)
     chosen = choose("physics.leapfrog", backend, _candidates(x, *parameters))
     run = reversible.integrate if chosen == "eager" else reversible.integrate_reversibly
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return run(state, wide, step, math.exp(-damping * step / 2), steps).to(x.dtype)
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from so8t_torch.core.precision import without_autocast
+
 Gradients = tuple[Tensor, ...]
 
 
@@ -100,7 +102,7 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         # Inside of autocast a backward pass runs outside of it, unless it is called from within.
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device):
             totals: Gradients = tuple(torch.zeros_like(parameter) for parameter in parameters)
             g = g.to(ctx.dtype)
             for _ in range(ctx.steps):

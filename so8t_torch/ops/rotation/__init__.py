@@ -17,6 +17,7 @@ from torch import Tensor
 from so8t_torch.core import backend as backends
 from so8t_torch.core import forward_mode
 from so8t_torch.core.errors import DomainError, ShapeError
+from so8t_torch.core.tensors import expect_tensors
 from so8t_torch.ops.rotation import autograd, charts, eager
 
 __all__ = [
@@ -288,6 +289,7 @@ def _candidates(rotation: Tensor, x: Tensor) -> tuple[backends.Candidate, ...]:
 
 
 def _check_floating(op: str, **tensors: Tensor) -> None:
+    expect_tensors(op, **tensors)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise DomainError(f"{op}: expected {name} of a real floating dtype, got {tensor.dtype}; convert it first.")

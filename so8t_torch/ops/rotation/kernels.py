@@ -19,6 +19,7 @@ from torch import Tensor
 
 from so8t_torch.core.backend import interpreting
 from so8t_torch.core.launch import Tile, launch
+from so8t_torch.core.rounding import rounded
 
 FORWARD_TILES = (
     Tile(warps=4, constants={"ROWS": 4, "BLOCKS": 32}),
@@ -42,16 +43,6 @@ def _column(tile, j: tl.constexpr):
 
 
 @triton.jit
-def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Cast to the nearest value of ``dtype``, ties to even; the interpreter truncates bfloat16 by itself."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True)
-    return value.to(dtype)
-
-
-@triton.jit
 def forward_kernel(
     rotation_ptr, x_ptr, y_ptr, rows, blocks, rotation_stride,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -72,7 +63,7 @@ def forward_kernel(
         y = columns[0] * _column(x, 0)
         for j in tl.static_range(1, 8):
             y += columns[j] * _column(x, j)
-        tl.store(y_ptr + offsets, _rounded(y, y_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
+        tl.store(y_ptr + offsets, rounded(y, y_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
 
 
 @triton.jit
@@ -103,7 +94,7 @@ def backward_kernel(
             dx += rotation_rows[i] * dy_i
             grown = grown + (sums[i] + dy_i * x,)  # noqa: RUF005
         sums = grown
-        tl.store(dx_ptr + offsets, _rounded(dx, dx_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
+        tl.store(dx_ptr + offsets, rounded(dx, dx_ptr.dtype.element_ty, INTERPRETED), mask=in_range)
     first = (tl.program_id(1).to(tl.int64) * blocks + block) * 64 + j
     for i in tl.static_range(8):
         share = tl.sum(sums[i], axis=0, keep_dims=True)

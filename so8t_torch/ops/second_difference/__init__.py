@@ -24,6 +24,7 @@ from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.tensors import expect_tensors
 from so8t_torch.ops.second_difference import autograd, eager
 
 __all__ = ["centres", "energy", "schedule_weight", "second_difference"]
@@ -41,6 +42,7 @@ def centres(mask: Shaped[Tensor, "*batch t"]) -> Bool[Tensor, "*batch t"]:
     Raises:
         ShapeError: the mask has no axis of tokens.
     """
+    expect_tensors("centres", mask=mask)
     if mask.ndim == 0:
         raise ShapeError("centres: expected a mask (..., T), got a tensor without axes; give one number per token.")
     return eager.centres(mask)
@@ -109,6 +111,7 @@ def second_difference(
         ConfigError: norm, delta or scale_floor is out of range.
         BackendError: the backend cannot run this call.
     """
+    expect_tensors("second_difference", h=h, mask=mask)
     if h.ndim < 3:
         raise ShapeError(
             f"second_difference: expected h (..., B, T, D), got {tuple(h.shape)}; add a batch axis, or call energy."
@@ -194,6 +197,7 @@ def _candidates(h: Tensor) -> list[Candidate]:
 
 def _check(h: Tensor, mask: Tensor, norm: str, delta: float) -> None:
     """Raise unless h is (..., T, D) with D > 0, mask (..., T), and the options are in range."""
+    expect_tensors("second_difference", h=h, mask=mask)
     if h.ndim < 2 or h.shape[-1] == 0:
         raise ShapeError(f"second_difference: expected h (..., T, D) with D > 0, got {tuple(h.shape)}.")
     if mask.shape != h.shape[:-1]:

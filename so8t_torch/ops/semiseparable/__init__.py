@@ -25,7 +25,8 @@ from torch.nn.functional import pad
 from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops.linear_recurrence import linear_recurrence
 from so8t_torch.ops.semiseparable import autograd, eager
 
@@ -73,6 +74,8 @@ def operator(
 
     Source: T. Dao, A. Gu, "Transformers are SSMs" (2024), sections 3.2 and 6, with a decay per rank channel.
     """
+    expect_tensors("semiseparable.operator", x=x, u=u, v=v, decay=decay)
+    expect_tensors_or_none("semiseparable.operator", initial=initial, segment_ids=segment_ids)
     _check_tokens("operator", x=x)
     *batch, length, width = x.shape
     _check_rank("operator", (*batch, length), u, v, decay)
@@ -87,7 +90,7 @@ def operator(
     values, written, read, alpha = (z.to(kind).reshape(rows, length, z.shape[-1]) for z in given)
     state = _start(initial, x, (*batch, rank, width), kind).reshape(rows, rank, width)
     restart = None if segment_ids is None else _restarts(segment_ids, (*batch, length)).reshape(rows, length)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if chosen == "eager":
             y, final = eager.recurrence(values, written, read, alpha, state, restart)
         else:
@@ -118,6 +121,8 @@ def compat(
     Raises:
         ShapeError, DomainError: as in ``operator``.
     """
+    expect_tensors("semiseparable.compat", u=u, v=v, decay=decay)
+    expect_tensors_or_none("semiseparable.compat", initial=initial, segment_ids=segment_ids)
     _check_tokens("compat", u=u)
     *batch, length, rank = u.shape
     _check_rank("compat", (*batch, length), u, v, decay)
@@ -150,6 +155,8 @@ def banded(
     Raises:
         ShapeError, DomainError: as in ``operator``.
     """
+    expect_tensors("semiseparable.banded", x=x, taps=taps)
+    expect_tensors_or_none("semiseparable.banded", initial=initial, segment_ids=segment_ids)
     _check_tokens("banded", x=x)
     *batch, length, width = x.shape
     if taps.ndim != 2 or taps.shape[0] == 0 or taps.shape[1] != width:

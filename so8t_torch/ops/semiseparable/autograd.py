@@ -14,13 +14,14 @@ from torch import Tensor
 
 from so8t_torch.core.forward_mode import register_autograd
 from so8t_torch.core.operators import define
+from so8t_torch.core.precision import without_autocast
 from so8t_torch.ops.semiseparable import eager
 
 
 def _chunked(
     x: Tensor, u: Tensor, v: Tensor, decay: Tensor, initial: Tensor, run: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return eager.operate(x, u, v, decay, initial, run)
 
 
@@ -42,7 +43,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device):
         return (*eager.gradient(grad, grad_final, *saved), None)
 
 

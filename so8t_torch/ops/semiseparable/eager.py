@@ -245,10 +245,50 @@ def gradient(
     initial: Tensor,
     run: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, u, v, α and the initial state by differentiable operations.
+    """Return the gradients of x, u, v, α and the initial state.
 
-    The chunks and the states between them are computed anew.
+    On the CPU a closed tile that holds nothing, and is asked for nothing by what comes after, is left out: its
+    gradients are zero. Their own derivatives are not, so that nothing is left out where those are wanted.
     """
+    kept = _of_effect(grad, grad_final, x, u, v, decay, initial)
+    if kept is None:
+        return _gradient(grad, grad_final, x, u, v, decay, initial, run)
+    written, read, alpha = (z.index_select(-1, kept) for z in (u, v, decay))
+    asked, started = (z.index_select(1, kept) for z in (grad_final, initial))
+    dx, *of_tokens, dinitial = _gradient(grad, asked, x, written, read, alpha, started, run)
+    whole = [torch.zeros_like(z).index_copy_(-1, kept, dz) for z, dz in zip((u, v, decay), of_tokens, strict=True)]
+    return dx, *whole, torch.zeros_like(initial).index_copy_(1, kept, dinitial)
+
+
+def _of_effect(
+    grad: Tensor, grad_final: Tensor, x: Tensor, u: Tensor, v: Tensor, decay: Tensor, initial: Tensor
+) -> Tensor | None:
+    """Return the channels of tiles whose gradients may differ from zero, or None for all of them."""
+    looked_at = _readable(x) and type(u) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if not looked_at or not (math.isfinite(x.sum()) and math.isfinite(grad.sum())):
+        return None
+    places = torch.arange(u.shape[-1], device=u.device).split(RANK_TILE)
+    states, asked = (z.split(RANK_TILE, 1) for z in (initial, grad_final))
+    tokens = (z.split(RANK_TILE, -1) for z in (u, v, decay))
+    kept = [
+        place
+        for place, state, back, *given in zip(places, states, asked, *tokens, strict=True)
+        if state.any() or back.any() or not _closed(state, *given)
+    ]
+    return None if len(kept) == len(places) else torch.cat(kept or [*places[:1]])
+
+
+def _gradient(
+    grad: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial: Tensor,
+    run: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients by differentiable operations; the chunks and the states between them are computed anew."""
     parts, pull, *_ = torch.func.vjp(lambda *factors: chunks(factors[0], factors[1], factors[2], run), u, v, decay)
     states, _ = _carry(parts.totals, parts.writes.mT @ x, initial, reverse=False)
     entering = torch.cat([initial[:, None], states[:, :-1]], 1)

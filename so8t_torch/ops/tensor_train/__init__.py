@@ -24,6 +24,8 @@ from torch import Tensor
 from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
+from so8t_torch.core.precision import without_autocast
+from so8t_torch.core.tensors import expect_tensors
 from so8t_torch.ops.tensor_train import autograd, eager, head
 from so8t_torch.ops.tensor_train.decomposition import decompose, refine
 
@@ -77,7 +79,7 @@ def rows(
     used = _used(cores, None, width)
     real, real_width = (eager.real_cores(used), 2 * width) if cores[0].is_complex() else (used, width)
     if chosen == "eager":
-        with autograd.without_autocast(flat.device):
+        with without_autocast(flat.device):
             found = eager.rows(flat, real, real_width, padding_idx)
     else:
         found = autograd.rows(flat, real, real_width, padding_idx, chosen)
@@ -100,7 +102,7 @@ def table(
         ShapeError, DomainError: as in ``rows``.
     """
     shape = _table_shape("table", cores, vocab_size, d_model)
-    with autograd.without_autocast(cores[0].device):
+    with without_autocast(cores[0].device):
         return eager.table(_used(cores, *shape), *shape)
 
 
@@ -129,7 +131,7 @@ def logits(
     size = _head_size("logits", hidden, cores, vocab_size)
     flat = hidden.reshape(-1, hidden.shape[-1])
     run = head.logits if _tiled_or_eager("logits", backend, hidden, cores) == "eager" else autograd.logits
-    with autograd.without_autocast(hidden.device):
+    with without_autocast(hidden.device):
         return run(flat, _used(cores, size, hidden.shape[-1]), size).view(*hidden.shape[:-1], size)
 
 
@@ -171,7 +173,7 @@ def cross_entropy(
     used = _used(cores, size, hidden.shape[-1])
     chosen = choose("tensor_train.cross_entropy", backend, _loss_candidates(hidden, cores))
     if chosen == "eager":
-        with autograd.without_autocast(hidden.device):
+        with without_autocast(hidden.device):
             loss = head.cross_entropy(flat, aims, used, size, ignore_index)
     else:
         loss, _ = autograd.cross_entropy(flat, aims, used, size, ignore_index, chosen)
@@ -206,7 +208,7 @@ def topk(
         raise ConfigError(f"topk: expected a whole number k with 1 ≤ k ≤ {size}, the number of rows, got {k!r}.")
     flat = hidden.reshape(-1, hidden.shape[-1])
     run = head.topk if _tiled_or_eager("topk", backend, hidden, cores) == "eager" else autograd.topk
-    with autograd.without_autocast(hidden.device):
+    with without_autocast(hidden.device):
         values, ids = run(flat, _used(cores, size, hidden.shape[-1]), k, size)
     return values.view(*hidden.shape[:-1], k), ids.view(*hidden.shape[:-1], k)
 
@@ -263,6 +265,7 @@ def _checked_ids(
     if allowed is not None and not _is_whole(allowed):
         name = "padding_idx" if what == "ids" else "ignore_index"
         raise ConfigError(f"{op}: expected a whole number for {name}, got {allowed!r}.")
+    expect_tensors(op, **{what: ids})
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise DomainError(f"{op}: expected {what} of an integer dtype, got {ids.dtype}; convert them.")
     if ids.device != cores[0].device:
@@ -305,6 +308,7 @@ def _is_whole(n: object) -> bool:
 
 def _check_cores(op: str, cores: tuple[Tensor, ...]) -> None:
     """Raise unless the cores are (v_k, r_{k−1}, r_k, w_k), chain from rank 1 to rank 1, and agree in kind."""
+    expect_tensors(op, **{f"core {place}": core for place, core in enumerate(cores)})
     shapes = [tuple(core.shape) for core in cores]
     if not cores or any(len(shape) != 4 or 0 in shape for shape in shapes):
         raise ShapeError(f"{op}: expected cores of shape (v_k, r_{{k−1}}, r_k, w_k), all sizes positive, got {shapes}.")
@@ -328,6 +332,7 @@ def _check_cores(op: str, cores: tuple[Tensor, ...]) -> None:
 
 def _head_size(op: str, hidden: Tensor, cores: tuple[Tensor, ...], vocab_size: int | None) -> int:
     """Return V; raise unless hidden states and cores are real, agree, and fit together."""
+    expect_tensors(op, hidden=hidden)
     size, width = _table_shape(op, cores, vocab_size, None)
     if hidden.is_complex() or cores[0].is_complex():
         raise DomainError(

@@ -9,7 +9,6 @@ inside, forward and backward: every sum is carried in the dtype that the operati
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,20 +17,10 @@ from torch import Tensor
 from so8t_torch.core.errors import DomainError
 from so8t_torch.core.forward_mode import register_autograd
 from so8t_torch.core.operators import define
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
 from so8t_torch.ops.tensor_train import eager, head
 
 TRITON = ("triton", "triton_atomic")
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which sums are carried in the dtype that the operation states.
-
-    Args:
-        device: where the operation runs.
-    """
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _checked(ids: Tensor, limit: int, allowed: int | None, op: str, what: str) -> Tensor:

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from so8t_torch.core.backend import interpreting
 from so8t_torch.core.launch import Tile, launch
-from so8t_torch.ops.tensor_train.kernels import fetch, product, rounded
+from so8t_torch.core.rounding import rounded
+from so8t_torch.ops.tensor_train.kernels import fetch, product
 
 SPLITS = 2
 """Partial sums of a core gradient, each over its share of every block of tokens."""

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from so8t_torch.core.backend import interpreting
 from so8t_torch.core.launch import Tile, launch
+from so8t_torch.core.rounding import rounded
 
 CHUNK = 16
 """Places of the sorted order per program of the backward; more would serialise, fewer would write more partials."""
@@ -63,16 +64,6 @@ REDUCE_TILES = (_tile(4, ROWS=4, BLOCK=512),)
 """One entry: another number of rows would add in another order."""
 PARTNERS = {2: ((1,), (0,)), 3: ((1, 2), (0, 2), (1, 0))}
 """Number of cores → core → the others in the order in which a key carries their parts."""
-
-
-@triton.jit
-def rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Cast to the nearest value of ``dtype``, ties to even; the interpreter truncates bfloat16 by itself."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True)
-    return value.to(dtype)
 
 
 @triton.jit

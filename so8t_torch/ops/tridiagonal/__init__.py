@@ -8,7 +8,9 @@
 Symbols: h diagonals (…, N), real or v − iΓ with decay rates Γ; b upper and c lower couplings (…, N−1); z complex
 numbers (…); leading axes broadcast. β_i = 0 parts a chain between i and i + 1, whatever stands beyond, finite or not.
 If β ≥ 0, Γ ≥ 0 and Im z > 0 then Im L_i, Im R_i ≤ −(Γ_i + Im z), so that |g_i|, |G_ii| ≤ 1/(Γ_i + Im z): nothing is
-clamped. Real numbers are float32 or float64, complex ones complex64 or complex128, all of one precision.
+clamped. Real numbers are float32 or float64, complex ones complex64 or complex128, all of one precision, in whose range
+the products β_i have to lie: in float32 |b| and |c| from 10⁻¹⁹ to 10¹⁹. Above, the segment is NaN from there on; below,
+β = 0 parts it. Other units of energy bring a chain into the range.
 Cost: O(N) operations in about 3 √(N/2) steps on a CPU, in blocks of 1,024 sites on a GPU; the exact gradient of
 everything is a linear scan in each direction. The ratios, β and the result are saved.
 Twin: so8t_jax/ops/tridiagonal.py. Derivation: docs/math/tridiagonal.md.
@@ -27,6 +29,7 @@ from torch.nn.functional import pad
 from so8t_torch.core import forward_mode
 from so8t_torch.core.backend import Candidate, choose, explain, triton_reasons
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
+from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops.tridiagonal import autograd, eager
 
 __all__ = ["advance", "green", "log_det", "off_diagonals", "ratios", "step"]
@@ -194,6 +197,7 @@ def advance(
         DomainError: d or the state is not complex, or dtypes or devices disagree.
         BackendError: the backend cannot run this call.
     """
+    expect_tensors("tridiagonal.advance", state=state, d=d, beta=beta)
     _check_stream("advance", state, d, beta)
     if d.ndim == 0 or d.shape[-1] == 0 or not (d.shape == beta.shape and state.shape == d.shape[:-1]):
         raise ShapeError(
@@ -221,6 +225,7 @@ def step(
         ShapeError: shapes that disagree.
         DomainError: d_t or the state is not complex, or dtypes or devices disagree.
     """
+    expect_tensors("tridiagonal.step", state=state, d_t=d_t, beta_t=beta_t)
     _check_stream("step", state, d_t, beta_t)
     if not state.shape == d_t.shape == beta_t.shape:
         raise ShapeError(
@@ -258,6 +263,8 @@ def _chain(
     require_dissipation: bool,
 ) -> _Chain:
     """Return the checked operator with every batch axis written out and no coupling between segments."""
+    expect_tensors(f"tridiagonal.{op}", diagonal=diagonal, upper=upper, lower=lower, z=z)
+    expect_tensors_or_none(f"tridiagonal.{op}", segment_ids=segment_ids)
     batch = _check_shapes(op, diagonal, upper, lower, z, segment_ids)
     _check_kinds(op, (diagonal, upper, lower, z), segment_ids)
     dtype = COMPLEX.get(diagonal.dtype, diagonal.dtype)
