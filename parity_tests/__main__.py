@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         census.write(census.count(pairs))
         Console().print(f"wrote {census.RECORD}")
         return 0
+    if options.examples is not None:
+        return _endure(pairs, options.examples)
     return _judge(pairs, everything=options.all, page=_page(options))
 
 
@@ -38,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--module", metavar="PKG.MOD:PAIRS", help="judge this table instead of the library's own")
     parser.add_argument("--pair", metavar="TEXT", default="", help="judge only pairs whose name contains TEXT")
     parser.add_argument("--all", action="store_true", help="run every generated check, not only the table")
+    parser.add_argument("--examples", metavar="N", type=int, help="judge N further drawn examples per room")
     parser.add_argument("--write", metavar="PATH", type=Path, help="write the page here")
     parser.add_argument("--no-write", action="store_true", help="leave docs/numerics.md as it is")
     parser.add_argument("--kernels", action="store_true", help="compile every Triton kernel for sm_80/86/89/90")
@@ -73,6 +76,19 @@ def _page(options: argparse.Namespace) -> Path | None:
         return Path(options.write)
     whole = options.module is None and not options.pair and not options.no_write
     return PAGE if whole and PAGE.parent.is_dir() else None
+
+
+def _endure(pairs: tuple[OpPair, ...], examples: int) -> int:
+    from parity_tests import endurance
+
+    console, red = Console(width=None if sys.stdout.isatty() else 160), 0
+    for tally in endurance.endure(pairs, examples):
+        red += tally.failed
+        console.print(f"{tally.room}: {tally.examples:,} examples, {tally.failed} failed, {tally.seconds:.0f} s")
+        for failure in tally.failures:
+            console.print(f"[bold red]RED[/] {escape(failure)}")
+    console.print(f"{red} red" if red else "all green")
+    return 1 if red else 0
 
 
 def _judge(pairs: tuple[OpPair, ...], *, everything: bool, page: Path | None) -> int:

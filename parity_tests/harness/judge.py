@@ -45,7 +45,7 @@ class Truth:
 
 
 def truth(pair: OpPair, strategy: str, size: Size, dtype: str, *, batch: int = BATCH, ones: bool = False) -> Truth:
-    """Return the judged situation; computed once per process.
+    """Return the judged situation; computed once per process, and kept.
 
     Args:
         pair: the declaration.
@@ -58,8 +58,29 @@ def truth(pair: OpPair, strategy: str, size: Size, dtype: str, *, batch: int = B
     return _truth(pair, strategy, tuple(size.items()), dtype, batch, ones)
 
 
+def another_truth(pair: OpPair, strategy: str, size: Size, dtype: str, number: int) -> Truth:
+    """Return a situation of other drawn examples, which is not kept.
+
+    Args:
+        pair: the declaration.
+        strategy: name of an input strategy.
+        size: size of one example.
+        dtype: dtype under test.
+        number: of the situation; 0 is the one that ``truth`` returns.
+    """
+    return _truth.__wrapped__(pair, strategy, tuple(size.items()), dtype, BATCH, False, number * BAR_BATCHES)
+
+
 @functools.cache
-def _truth(pair: OpPair, strategy: str, size: tuple[tuple[str, int], ...], dtype: str, batch: int, ones: bool) -> Truth:
+def _truth(
+    pair: OpPair,
+    strategy: str,
+    size: tuple[tuple[str, int], ...],
+    dtype: str,
+    batch: int,
+    ones: bool,
+    start: int = 0,
+) -> Truth:
     words = (pair.name, strategy, size_label(dict(size)), dtype)
 
     def situation(number: int) -> _Situation:
@@ -67,9 +88,9 @@ def _truth(pair: OpPair, strategy: str, size: tuple[tuple[str, int], ...], dtype
         structure, leaves = flatten(reference.values(pair, inputs))
         return _Situation(inputs, structure, leaves, _cotangents(pair, leaves, dtype, (*words, number), ones))
 
-    judged = situation(0)
+    judged = situation(start)
     below = dtype != "float64"
-    others = [situation(number) for number in range(1, BAR_BATCHES)] if below else []
+    others = [situation(start + further) for further in range(1, BAR_BATCHES)] if below else []
     nonfinite = strategy in pair.nonfinite
     batched = any(axis == 0 for axis in judged.inputs.axes)
     outputs = _outputs(pair, [judged, *others], dtype, batched, nonfinite)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
 from so8t_torch.ops.hebbian import arguments, eager
 from so8t_torch.ops.hebbian.arguments import Discretization, KeyNorm, Rule
 from so8t_torch.ops.hebbian.eager import Part, Weights
@@ -92,7 +92,7 @@ def energy_balance(
     state = v.new_zeros(len(keys) * heads, k.shape[-1], v.shape[-1], dtype=kind)
     state = state if given.initial is None else given.initial.to(kind).flatten(0, 1)
     found, cuts, whole = [], eager.chunks(v.shape[-3], rule == "delta"), slice(None)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device):
         columns = eager.heads_first(whole, keys, keys, values, given.log_decay, given.eta)
         for t in cuts:
             restart = eager.lanes(given.restart, whole, t, heads)
