@@ -121,7 +121,7 @@ def snr_filter(
         S, Γ and η for the chunk, and p.
     """
     r = signal_to_noise(state, noise_floor=noise_floor)
-    gate = jax.nn.sigmoid((r - threshold) / temperature)
+    gate = jnp.exp(jax.nn.log_sigmoid((r - threshold) / temperature))
     if hard:
         gate = (r >= threshold).astype(gate.dtype) + (gate - jax.lax.stop_gradient(gate))
     written = (state != 0).any(axis=(1, 2))
@@ -160,5 +160,5 @@ def importance(
     signal, energy, youth = (w / sum(weights) for w in weights)
     largest = jax.lax.stop_gradient(jnp.abs(state).max(axis=(1, 2), keepdims=True))
     share = (state / jnp.where(largest > 0, largest, 1.0)) ** 2
-    certain = jax.nn.sigmoid(signal_to_noise(state, noise_floor=noise_floor) - threshold)
+    certain = jnp.exp(jax.nn.log_sigmoid(signal_to_noise(state, noise_floor=noise_floor) - threshold))
     return signal * certain + energy * share + youth * jnp.exp(-age_rate * age)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
@@ -151,7 +152,7 @@ def snr_filter(
     _check_options(threshold, temperature, gamma_boost, eta_boost, cleanup)
     entries = _entries(state)
     r = _ratio(entries, noise_floor)
-    gate = torch.sigmoid((r - threshold) / temperature)
+    gate = functional.logsigmoid((r - threshold) / temperature).exp()
     if hard:
         # gate − gate is exactly zero, so that the sum is exactly 0 or 1
         gate = (r >= threshold).to(gate.dtype) + (gate - gate.detach())
@@ -212,7 +213,8 @@ def importance(
     entries = _entries(state)
     largest = entries.detach().abs().amax(-1, keepdim=True)
     share = (entries / torch.where(largest > 0, largest, 1.0)).square()
-    certain = torch.sigmoid(_ratio(entries, noise_floor) - threshold)
+    # the derivative of torch.sigmoid, y (1 − y), cancels where y is near one, and 1/σ is large
+    certain = functional.logsigmoid(_ratio(entries, noise_floor) - threshold).exp()
     youth = torch.exp(-age_rate * age.to(entries.dtype)).reshape(entries.shape)
     total = sum(weights)
     score = (weights[0] * certain + weights[1] * share + weights[2] * youth) / total
