@@ -31,11 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep interpreter tests in a process that interprets kernels, and every other test out of it."""
     from so8t_torch.core.backend import interpreting
 
-    kept = [item for item in items if (item.get_closest_marker("interpreter") is not None) == interpreting()]
-    dropped = [item for item in items if item not in set(kept)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+    sorted_out: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        sorted_out[(item.get_closest_marker("interpreter") is not None) == interpreting()].append(item)
+    if sorted_out[False]:
+        config.hook.pytest_deselected(items=sorted_out[False])
+        items[:] = sorted_out[True]
 
 
 FINISHED = itertools.count(1)

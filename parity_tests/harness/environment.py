@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
-from typing import Any, ForwardRef, get_args, get_type_hints
+from types import ModuleType, UnionType
+from typing import Any, ForwardRef, Union, get_args, get_origin, get_type_hints
 
 import jax
 import jaxtyping
@@ -18,6 +18,8 @@ import typeguard
 
 CHECKED_ROOMS = ("so8t_jax", "so8t_torch.ops")
 UNCHECKED_FILES = ("kernels", ".autograd", ".reversible")
+PLAIN = (torch.Tensor, bool, int, float, str, type(None))
+VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def prepare() -> None:
@@ -34,23 +36,56 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check arguments and result of every call against the annotations, by typeguard's check of single values.
 
     typeguard's own decorator parses every string inside an annotation as an expression, and the axes of a shape
-    (``"b t d"``) are none.
+    (``"b t d"``) are none. What is plainly right is not shown to typeguard, which takes longer than most functions.
     """
     signature = inspect.signature(function)
     hints = {p.name: p.annotation for p in signature.parameters.values() if p.annotation is not p.empty}
     kinds = {p.name: p.kind for p in signature.parameters.values()}
+    names, variadic = tuple(kinds), not VARIADIC.isdisjoint(kinds.values())
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
-        for name, value in signature.bind(*arguments, **keywords).arguments.items():
+        given: Mapping[str, Any] = {**dict(zip(names, arguments, strict=False)), **keywords}
+        if variadic:
+            given = signature.bind(*arguments, **keywords).arguments
+        for name, value in given.items():
             for each in _values(value, kinds[name]) if name in hints else ():
-                typeguard.check_type(each, _resolved(hints[name]))
+                _check(each, hints[name])
         result = function(*arguments, **keywords)
         if signature.return_annotation is not signature.empty:
-            typeguard.check_type(result, _resolved(signature.return_annotation))
+            _check(result, signature.return_annotation)
         return result
 
     return call
+
+
+def _check(value: Any, hint: Any) -> None:
+    if not _plainly(hint)(value):
+        typeguard.check_type(value, _resolved(hint))
+
+
+@functools.cache
+def _plainly(hint: Any) -> Callable[[Any], bool]:
+    """Return what says that a value is of a hint made of plain classes, arrays, unions and tuples.
+
+    Its no means nothing: typeguard decides.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return lambda _: True
+    if hint in PLAIN or (isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)):
+        return lambda value: isinstance(value, hint)
+    if origin in (Union, UnionType):
+        each = tuple(map(_plainly, parts))
+        return lambda value: any(accepts(value) for accepts in each)
+    if origin is tuple and Ellipsis not in parts:
+        each = tuple(map(_plainly, parts))
+        return lambda value: (
+            type(value) is tuple
+            and len(value) == len(each)
+            and all(accepts(v) for accepts, v in zip(each, value, strict=True))
+        )
+    return lambda _: False
 
 
 def _resolved(hint: Any) -> Any:

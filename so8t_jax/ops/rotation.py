@@ -89,10 +89,13 @@ def logarithm(rotation: Float[Array, "8 8"], cut_margin: float = 1e-3) -> Float[
 
 def _square_root(matrix: Float[Array, "8 8"]) -> Float[Array, "8 8"]:
     """Return the principal square root by the Denman–Beavers iteration."""
-    Y, Z = matrix, jnp.eye(8, dtype=matrix.dtype)
-    for _ in range(ROOT_ITERATIONS):
-        Y, Z = (Y + jnp.linalg.inv(Z)) / 2, (Z + jnp.linalg.inv(Y)) / 2
-    return Y
+
+    def step(_: Array, roots: tuple[Array, Array]) -> tuple[Array, Array]:
+        Y, Z = roots
+        return (Y + jnp.linalg.inv(Z)) / 2, (Z + jnp.linalg.inv(Y)) / 2
+
+    # a loop, so that one step is compiled and not all of them
+    return jax.lax.fori_loop(0, ROOT_ITERATIONS, step, (matrix, jnp.eye(8, dtype=matrix.dtype)))[0]
 
 
 def apply(rotation: Float[Array, "blocks 8 8"], x: Float[Array, " channels"]) -> Float[Array, " channels"]:
