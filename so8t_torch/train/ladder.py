@@ -7,7 +7,8 @@ skipped; a second one within ``skip_window`` steps switches clipping on; the nex
 ``cool_floor``; the next rolls back. A fault of the state itself (parameters, moments) and a diverged loss roll back at
 once; where ``reinitialise`` allows it, a layer implicated twice is reset instead. After ``probation`` healthy steps
 the incident is closed and the ladder goes down one stage, again after as many more. More than ``recoveries`` in
-``recovery_window`` steps stop the run. Time is counted in steps taken, which a rollback does not turn back.
+``recovery_window`` steps stop the run, as does a broken
+frozen weight, which no checkpoint holds. Time is counted in steps taken, which a rollback does not turn back.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
+
+Record = Callable[[dict[str, Any]], None]
+"""Takes one mapping of JSON values for each transition."""
 
 
 class Stage(IntEnum):
@@ -39,13 +43,14 @@ class Cause(StrEnum):
     DIVERGENCE = "divergence"
     PARAMETER = "parameter"
     MOMENT = "moment"
+    FROZEN = "frozen weight"
 
 
 STATE = frozenset({Cause.PARAMETER, Cause.MOMENT})
-"""Causes that lie in the state: dropping a batch does not remove them."""
+"""Causes that lie in what a checkpoint restores: dropping a batch does not remove them."""
 
-HARD = STATE | {Cause.DIVERGENCE}
-"""Causes that roll back at once."""
+HARD = STATE | {Cause.DIVERGENCE, Cause.FROZEN}
+"""Causes that roll back at once, or stop where no checkpoint holds what is broken."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,14 @@ class Ladder:
 
     Args:
         rules: the bounds.
-        record: gets one mapping of JSON values for each transition.
+        record: gets each transition.
     """
 
     name = "ladder"
 
-    def __init__(self, rules: Rules, record: Callable[[dict[str, Any]], None] = lambda row: None) -> None:
+    def __init__(self, rules: Rules, record: Record | None = None) -> None:
         self.rules = rules
-        self.record = record
+        self.record = record or _forget_it
         self._at = _Place()
 
     @property
@@ -190,6 +195,8 @@ class Ladder:
         at = self._at
         twice = fault.layer is not None and [layer for _, layer in at.layers].count(fault.layer) > 1
         reset = self.rules.reinitialise and twice
+        if fault.cause is Cause.FROZEN:
+            return Stage.STOP
         if fault.cause in HARD:
             return Stage.REINITIALISE if reset and fault.cause in STATE else Stage.ROLLBACK
         if at.level is None:
@@ -233,6 +240,10 @@ class Ladder:
         place.layers = [(int(clock), str(layer)) for clock, layer in place.layers]
         place.dropped, place.recoveries = list(place.dropped), list(place.recoveries)
         self._at = place
+
+
+def _forget_it(row: dict[str, Any]) -> None:
+    del row
 
 
 def _name(level: int | None) -> str | None:

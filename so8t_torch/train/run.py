@@ -26,7 +26,7 @@ from so8t_torch.core.config import load_config
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.data.records import Record, read_records
 from so8t_torch.train import building
-from so8t_torch.train.callbacks import GradientGuard, QuietProgress, Recorder
+from so8t_torch.train.callbacks import QuietProgress, Recorder
 from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.curves import draw_curves
 from so8t_torch.train.dry_run import describe, trainable_groups
@@ -175,7 +175,7 @@ def _trainer(
         job.collator,
         config.training,
         config.penalty,
-        [GradientGuard(), Recorder(folder), *callbacks],
+        [Recorder(folder), *callbacks],
     )
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
@@ -244,4 +244,3 @@ def _evaluation_records(config: TrainConfig, data: str | Path | None) -> list[Re
     if not held_out:
         raise ConfigError("The run has no held-out data of its own; name a labelled file with --data.")
     return held_out
-

@@ -10,6 +10,7 @@ loss cannot train anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from so8t_torch.adapter import gate_summary, so8t_param_groups
+from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
 from so8t_torch.train.config import PenaltySection, TrainingSection
+from so8t_torch.train.guard import Guard
 from so8t_torch.train.loss import LossAtHead, row_sums
 from so8t_torch.train.meter import LossMeter, perplexity
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
@@ -48,6 +51,7 @@ class SO8TTrainer(Trainer):
         training: optimiser, batch and loss settings.
         penalty: settings of PET.
         callbacks: further callbacks.
+        guard: watches the steps; by default one that has no checkpoint to go back to.
     """
 
     optimizer: Any
@@ -62,8 +66,12 @@ class SO8TTrainer(Trainer):
         training: TrainingSection,
         penalty: PenaltySection,
         callbacks: Sequence[TrainerCallback] = (),
+        guard: Guard | None = None,
     ) -> None:
         check_trainable(model)
+        self.guard = guard or Guard()
+        self.guard.remember_start(model)
+        self.guard.on_drop = self._take_back
         super().__init__(
             model=model,
             args=args,
@@ -71,7 +79,7 @@ class SO8TTrainer(Trainer):
             eval_dataset=held_out or None,
             data_collator=collator,
             compute_metrics=_held_out_metrics,
-            callbacks=list(callbacks),
+            callbacks=[self.guard, *callbacks],
         )
         if self.args.n_gpu > 1:
             raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
@@ -87,6 +95,7 @@ class SO8TTrainer(Trainer):
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
+        self._kept: tuple[Tensor, dict[str, float]] | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
@@ -123,6 +132,9 @@ class SO8TTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of one optimiser step and its number of supervised tokens; count its triples."""
         samples, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.guard.begin(self.state.global_step + 1)
+        self._meter.mark()
+        self._kept = (self._tr_loss.clone(), self._settings)
         if self._penalty.enabled and samples:
             count = torch.stack([triples(batch["attention_mask"]) for batch in samples]).sum()
             self._triples = self._over_processes(count.to(device))
@@ -138,7 +150,7 @@ class SO8TTrainer(Trainer):
         """Return this micro-batch's part of the step's loss.
 
         Raises:
-            TrainingError: the loss is not finite, or nothing trainable reaches it; the step is named.
+            TrainingError: nothing trainable reaches the loss; the step is named.
         """
         del return_outputs
         nll, mask, streams = self._forward(model, inputs)
@@ -151,7 +163,8 @@ class SO8TTrainer(Trainer):
         if streams:
             pet = penalty(streams, mask, self._triples, huber_delta=self._penalty.huber_delta)
         loss = (language + weight * pet) * self.accelerator.num_processes
-        self._check(loss, language, pet)
+        self._check(loss, pet)
+        self.guard.examination.saw_loss(language, loss / self.accelerator.num_processes)
         self._meter.add(self.state.global_step, nll.sum(), nll.numel(), mask.sum(), pet, weight)
         return loss
 
@@ -176,17 +189,31 @@ class SO8TTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         return schedule_weight(progress, boundaries=self._penalty.boundaries, weights=self._penalty.weights)
 
-    def _check(self, loss: Tensor, language: Tensor, pet: Tensor) -> None:
-        where = f"Step {self.state.global_step + 1}"
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"{where}: the loss is not finite (language model {language.item()}, penalty {pet.item()}). The "
-                "weights are those of the step before; lower training.lr or gate_lr, or look at this step's data."
-            )
+    def _check(self, loss: Tensor, pet: Tensor) -> None:
         needed = {"the loss": loss, "the penalty": pet} if self._penalty.enabled else {"the loss": loss}
         for name, value in needed.items():
             if not value.requires_grad:
+                where = f"Step {self.state.global_step + 1}"
                 raise TrainingError(f"{where}: {name} has no gradient; nothing trainable lies before it.")
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip as the library does, to a tighter bound while the ladder clips; show the guard what was there."""
+        self.guard.examination.saw_gradients(self.state.global_step + 1)
+        usual = self.args.max_grad_norm
+        self.args.max_grad_norm = self.guard.norm_bound(usual)
+        try:
+            norm = super()._clip_grad_norm(model)
+        finally:
+            self.args.max_grad_norm = usual
+        self.guard.examination.saw_norm(whole(norm))
+        return norm
+
+    def _take_back(self) -> None:
+        """Take the dropped step's losses out of what is logged."""
+        if self._kept is not None:
+            self._tr_loss.copy_(self._kept[0])
+            self._settings = self._kept[1]
+        self._meter.undo()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -200,10 +227,18 @@ class SO8TTrainer(Trainer):
         return None, sums, sums[:, 1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms, the learning rate of each group and the gates' geometry to a training log entry."""
+        """Add the loss terms, the learning rate of each group and the gates' geometry to a training log entry.
+
+        Steps that the ladder dropped count in none of them; an interval without any other has no entry.
+        """
         if "loss" in logs:
-            logs["loss/total"] = logs.pop("loss")
+            kept, dropped = self.guard.counted()
+            if not kept:
+                return
+            logs["loss/total"] = logs.pop("loss") * ((kept + dropped) / kept if dropped else 1)
             logs.pop("learning_rate", None)
+            if not math.isfinite(logs.get("grad_norm", 0)):
+                del logs["grad_norm"]
             logs |= self._meter.read(self._over_processes)
             logs |= self._settings
             logs |= geometry(self.model)

@@ -80,10 +80,14 @@ def test_probation_closes_the_incident_then_goes_down_stage_by_stage():
     ]
 
 
-@pytest.mark.parametrize("cause", sorted(HARD))
+@pytest.mark.parametrize("cause", sorted(HARD - {Cause.FROZEN}))
 def test_a_fault_of_the_state_rolls_back_at_once_and_leaves_the_soft_stages_untried(cause):
     ladder = Ladder(Rules())
     assert climb(ladder, Fault(cause, "layers.0"), *[None] * 30, SPIKE) == [Stage.ROLLBACK, *[None] * 30, Stage.SKIP]
+
+
+def test_a_broken_frozen_weight_stops():
+    assert climb(Ladder(Rules()), None, Fault(Cause.FROZEN)) == [None, Stage.STOP]
 
 
 def test_the_same_layer_twice_is_reset_only_where_that_is_allowed():
@@ -122,9 +126,18 @@ def test_a_record_says_what_happened():
     ladder.observe(7, Fault(Cause.GRADIENT, "layers.0.o_proj", "3 of 8 numbers are not finite"), samples=[12, 14])
     assert rows == [
         {
-            **{"transition": "fault", "step": 7, "clock": 1, "stage": "skip", "came_from": None, "level": "skip"},
-            **{"cause": "gradient", "layer": "layers.0.o_proj", "detail": "3 of 8 numbers are not finite"},
-            **{"rate": 1.0, "recoveries": 1, "samples": [12, 14]},
+            "transition": "fault",
+            "step": 7,
+            "clock": 1,
+            "stage": "skip",
+            "came_from": None,
+            "level": "skip",
+            "cause": "gradient",
+            "layer": "layers.0.o_proj",
+            "detail": "3 of 8 numbers are not finite",
+            "rate": 1.0,
+            "recoveries": 1,
+            "samples": [12, 14],
         }
     ]
 
