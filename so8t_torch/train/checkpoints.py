@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from so8t_torch.core.errors import CheckpointError
@@ -30,17 +30,18 @@ class Expected:
 
     Args:
         config_hash: of the run's settings; ``None`` takes any.
-        recovery: what roll-backs left.
+        recovery: what roll-backs left; ``None`` takes any.
     """
 
     config_hash: str | None = None
-    recovery: Recovery = field(default_factory=Recovery)
+    recovery: Recovery | None = None
 
     def objection(self, manifest: Manifest) -> str | None:
         """Return why a checkpoint is not of this run, or ``None``."""
         if self.config_hash is not None and manifest.config_hash != self.config_hash:
             return "it was written under other settings"
-        if before(self.recovery.skipped, manifest.position) != before(manifest.skipped, manifest.position):
+        left_out = manifest.skipped if self.recovery is None else self.recovery.skipped
+        if before(left_out, manifest.position) != before(manifest.skipped, manifest.position):
             return "it learned from samples that a roll-back has since left out"
         return None
 

@@ -244,3 +244,4 @@ def _evaluation_records(config: TrainConfig, data: str | Path | None) -> list[Re
     if not held_out:
         raise ConfigError("The run has no held-out data of its own; name a labelled file with --data.")
     return held_out
+
