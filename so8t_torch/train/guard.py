@@ -19,9 +19,10 @@ from so8t_torch.core.errors import TrainingError
 from so8t_torch.train.config import RecoverySection
 from so8t_torch.train.detection import Limits, layer_of, trainable
 from so8t_torch.train.examination import Examination
-from so8t_torch.train.ladder import HARD, Cause, Decision, Fault, Ladder, Record, Rules, Stage
+from so8t_torch.train.ladder import STATE, Cause, Decision, Fault, Ladder, Rules, Sink, Stage
 
-GoBack = Callable[[int | None, str], Exception | None]
+GoBack = Callable[[str, int], Exception | None]
+"""From a reason and the number of steps to go back at least, to what has to be raised; ``None``: there is no way."""
 
 
 class TrainingStopped(TrainingError):  # noqa: N818 - what happened to the run
@@ -36,26 +37,20 @@ class Guard(TrainerCallback):
     Args:
         settings: of detection and ladder.
         record: gets each transition, and the post-mortem with ``transition`` "post-mortem".
-        go_back: returns what to raise in order to train on from a healthy checkpoint, given the last step it may be of
-            (``None``: any) and the reason; itself ``None`` where there is no such checkpoint.
-        samples: returns which samples of the stream a step reads, for the record.
+
+    ``on_drop``, ``samples`` (the span of the stream that a step reads) and ``go_back`` are the trainer's to set.
     """
 
     name = "recovery"
 
-    def __init__(
-        self,
-        settings: RecoverySection | None = None,
-        record: Record | None = None,
-        go_back: GoBack | None = None,
-        samples: Callable[[int], list[int]] | None = None,
-    ) -> None:
+    def __init__(self, settings: RecoverySection | None = None, record: Sink | None = None) -> None:
         self._settings = settings or RecoverySection()
-        self._go_back, self._samples = go_back, samples
         self.ladder = Ladder(rules(self._settings), record)
         self.examination = Examination(limits(self._settings))
         self.kept = self.dropped = 0
-        self.on_drop: Callable[[], None] = lambda: None
+        self.on_drop: Callable[[], None] | None = None
+        self.samples: Callable[[int], list[int]] | None = None
+        self.go_back: GoBack | None = None
         self._initial: dict[str, Tensor] = {}
         self._rates: list[Any] | None = None
         self._hooks: list[Any] = []
@@ -130,7 +125,8 @@ class Guard(TrainerCallback):
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         found = self.examination.examine(optimizer)
-        decision = self.ladder.observe(self._step, found.fault, samples=self._samples and self._samples(self._step))
+        samples = None if found.fault is None or self.samples is None else self.samples(self._step)
+        decision = self.ladder.observe(self._step, found.fault, samples=samples)
         if not decision.drop:
             self.examination.losses.trained(found.loss, found.norm)
         self._rates = None
@@ -138,7 +134,8 @@ class Guard(TrainerCallback):
             self.dropped += 1
             for parameter in self.examination.parameters.values():
                 parameter.grad = None
-            self.on_drop()
+            if self.on_drop is not None:
+                self.on_drop()
             self._act(decision, found.fault, optimizer)
             return
         self.kept += 1
@@ -165,9 +162,9 @@ class Guard(TrainerCallback):
             self._reset(fault.layer, optimizer)
         if decision.stage is Stage.ROLLBACK:
             self.examination.rolled_back()
-            last = None if fault.cause in HARD - {Cause.DIVERGENCE} else self._step - self._settings.rollback_distance
+            distance = 0 if fault.cause in STATE else self._settings.rollback_distance
             reason = f"Step {self._step}: {fault.cause.value}: {fault.detail}."
-            request = self._go_back(last, reason) if self._go_back else None
+            request = None if self.go_back is None else self.go_back(reason, distance)
             if request is None:
                 self._stop("no healthy checkpoint to go back to", fault, optimizer)
             raise request
@@ -222,8 +219,8 @@ class Guard(TrainerCallback):
         raise TrainingStopped(
             f"Step {self._step}: {what}. Training stops: {reason} ({self.ladder.recoveries} recoveries in the last "
             f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). The weights on disk are "
-            "those of the last healthy checkpoint; read the post-mortem, lower training.lr or gate_lr or look at the "
-            "data, then go on with --resume auto."
+            "those of the last healthy checkpoint. Read post_mortem.json, look at the data, then go on with --resume auto, "
+            "or begin a new run with a lower training.lr or gate_lr."
         )
 
 

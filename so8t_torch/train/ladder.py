@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
-Record = Callable[[dict[str, Any]], None]
+Sink = Callable[[dict[str, Any]], None]
 """Takes one mapping of JSON values for each transition."""
 
 
@@ -117,7 +117,7 @@ class Ladder:
 
     name = "ladder"
 
-    def __init__(self, rules: Rules, record: Record | None = None) -> None:
+    def __init__(self, rules: Rules, record: Sink | None = None) -> None:
         self.rules = rules
         self.record = record or _forget_it
         self._at = _Place()

@@ -18,7 +18,7 @@ from torch import nn
 
 from so8t_torch.core.failures import VRAMExhaustedError
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.ladder import Record
+from so8t_torch.train.ladder import Sink
 
 MIB = 1 << 20
 
@@ -29,13 +29,12 @@ class MemoryRelief:
     Args:
         model: in training.
         record: gets one mapping for each remedy.
-        what_fits: returns sentences about settings that would fit; asked only when nothing helped.
+        alone: whether no other process waits for this one's gradients; otherwise nothing is tried.
     """
 
-    def __init__(
-        self, model: nn.Module, record: Record | None = None, what_fits: Callable[[], list[str]] | None = None
-    ) -> None:
-        self._model, self._record, self._what_fits = model, record, what_fits
+    def __init__(self, model: nn.Module, record: Sink, *, alone: bool = True) -> None:
+        self._model, self._record, self._alone = model, record, alone
+        self.what_fits: Callable[[], list[str]] | None = None
         self.parts = 1
         self._freed_at: int | None = None
 
@@ -54,14 +53,15 @@ class MemoryRelief:
         gc.collect()
         torch.cuda.empty_cache()
         remedy = self._remedy(step, rows)
-        if self._record is not None:
-            row = {"transition": "out of memory", "step": step, "remedy": remedy, "parts": self.parts}
-            self._record(row | {"detail": error.partition("\n")[0]})
+        row = {"transition": "out of memory", "step": step, "remedy": remedy, "parts": self.parts}
+        self._record(row | {"detail": error.partition("\n")[0]})
         if remedy is None:
             raise self._exhausted(step, rows)
         return remedy
 
     def _remedy(self, step: int, rows: int) -> str | None:
+        if not self._alone:
+            return None
         if self._freed_at != step:
             self._freed_at = step
             return "free"
@@ -76,13 +76,17 @@ class MemoryRelief:
     def _exhausted(self, step: int, rows: int) -> VRAMExhaustedError:
         free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
         tried = f"step {step} does not fit with checkpointing on, one row of {rows} at a time, at the smallest rank"
-        fits = self._what_fits() if self._what_fits is not None else []
-        return VRAMExhaustedError((total - free) / MIB, total / MIB, [f"tried: {tried}", *fits])
+        if not self._alone:
+            tried = (
+                f"step {step} does not fit; with several processes a step is not tried again, the others wait for it"
+            )
+        fits = self.what_fits() if self.what_fits is not None else []
+        return VRAMExhaustedError((total - free) / MIB, total / MIB, [tried, *fits])
 
 
 def checkpointing_on(model: Any) -> None:
     """Recompute activations in the backward pass from now on."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def lower_rank(model: nn.Module) -> bool:
@@ -130,9 +134,9 @@ def fitting(config: TrainConfig, limit: int) -> list[str]:
             need = plan(smaller).total
             if need <= limit:
                 return [
-                    f"training.batch_size {rows}, data.max_length {length} and training.gradient_checkpointing true need "
-                    f"{need / MIB:,.0f} MiB by `so8t plan`, and there are {limit / MIB:,.0f}; raise "
-                    f"training.accumulation to keep the batch."
+                    f"training.batch_size {rows}, data.max_length {length} and training.gradient_checkpointing true: "
+                    f"{need / MIB:,.0f} MiB of {limit / MIB:,.0f} by `so8t plan` (raise training.accumulation to keep "
+                    "the batch)"
                 ]
         length //= 2
     return [f"no batch and length fit {limit / MIB:,.0f} MiB by `so8t plan`: quantise the base, or use a larger card."]

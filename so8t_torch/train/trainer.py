@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from so8t_torch.adapter import gate_summary, so8t_param_groups
@@ -26,11 +26,15 @@ from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
+from so8t_torch.train.checkpointed import CheckpointedTrainer, Keeping
 from so8t_torch.train.config import PenaltySection, TrainingSection
 from so8t_torch.train.guard import Guard
 from so8t_torch.train.loss import LossAtHead, row_sums
+from so8t_torch.train.manifest import Health
 from so8t_torch.train.meter import LossMeter, perplexity
+from so8t_torch.train.out_of_memory import MemoryRelief, split
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
 
 LAST_STATES = -1
@@ -39,7 +43,7 @@ LAST_STATES = -1
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-class SO8TTrainer(Trainer):
+class SO8TTrainer(CheckpointedTrainer):
     """Trains an adapted causal language model.
 
     Args:
@@ -51,7 +55,8 @@ class SO8TTrainer(Trainer):
         training: optimiser, batch and loss settings.
         penalty: settings of PET.
         callbacks: further callbacks.
-        guard: watches the steps; by default one that has no checkpoint to go back to.
+        keeping: how checkpoints are marked, and how many stay.
+        guard: watches the steps and recovers from their faults.
     """
 
     optimizer: Any
@@ -66,21 +71,24 @@ class SO8TTrainer(Trainer):
         training: TrainingSection,
         penalty: PenaltySection,
         callbacks: Sequence[TrainerCallback] = (),
+        keeping: Keeping | None = None,
         guard: Guard | None = None,
     ) -> None:
         check_trainable(model)
         self.guard = guard or Guard()
         self.guard.remember_start(model)
-        self.guard.on_drop = self._take_back
+        self.guard.on_drop, self.guard.samples, self.guard.go_back = self._take_back, self._samples, self._go_back
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=rows,
+            model,
+            args,
+            rows,
+            keeping or Keeping(),
             eval_dataset=held_out or None,
             data_collator=collator,
             compute_metrics=_held_out_metrics,
             callbacks=[self.guard, *callbacks],
         )
+        self.extras.append(self.guard)
         if self.args.n_gpu > 1:
             raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
         prepare_sharding(self.accelerator, model, training.optimiser)
@@ -96,11 +104,14 @@ class SO8TTrainer(Trainer):
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
         self._kept: tuple[Tensor, dict[str, float]] | None = None
+        self._micro_batches: list[Any] = []
+        self._taken = 0
+        self.relief = MemoryRelief(model, self.guard.ladder.record, alone=self.args.world_size == 1)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
         self._meter.reset()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the held-out loss; its time does not count as training time.
@@ -134,11 +145,39 @@ class SO8TTrainer(Trainer):
         samples, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.guard.begin(self.state.global_step + 1)
         self._meter.mark()
+        self._micro_batches, self._taken = samples, 0
         self._kept = (self._tr_loss.clone(), self._settings)
         if self._penalty.enabled and samples:
             count = torch.stack([triples(batch["attention_mask"]) for batch in samples]).sum()
             self._triples = self._over_processes(count.to(device))
         return samples, tokens
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Take a micro-batch; where memory runs out, try on the live model what may help, and take it again.
+
+        Raises:
+            VRAMExhaustedError: nothing helped.
+        """
+        self._taken += 1
+        todo = [inputs]
+        while True:
+            try:
+                return [self._in_parts(model, each, num_items_in_batch) for each in todo][-1]
+            except torch.OutOfMemoryError as error:
+                said = str(error)
+            self.relief.next(self.state.global_step + 1, len(inputs["input_ids"]), said)
+            todo = self._micro_batches[: self._taken]
+            model.zero_grad()
+            self._meter.undo()
+            self.guard.begin(self.state.global_step + 1)
+            self._step_loss = (-1, None)
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | int | None) -> Tensor:
+        """Return a micro-batch's loss, summed over the parts in which it is taken."""
+        parts = [inputs] if self.relief.parts == 1 else split(inputs, self.relief.parts)
+        return torch.stack([super(SO8TTrainer, self).training_step(model, part, tokens) for part in parts]).sum()
 
     def compute_loss(
         self,
@@ -208,6 +247,19 @@ class SO8TTrainer(Trainer):
         self.guard.examination.saw_norm(whole(norm))
         return norm
 
+    def unhealthy(self, health: Health) -> None:
+        """Let the ladder answer a state that must not be written."""
+        self.guard.check_state(self.optimizer.optimizer)
+        super().unhealthy(health)
+
+    def _go_back(self, reason: str, steps_back: int) -> RollbackRequested | None:
+        return self.rollback(reason, steps_back=steps_back)
+
+    def _samples(self, step: int) -> list[int]:
+        """Return the span of the stream that a step reads."""
+        assert self.stream is not None, "a run has samples"
+        return list(self.stream.span(self.consumption.after(step - 1), self.consumption.after(step)))
+
     def _take_back(self) -> None:
         """Take the dropped step's losses out of what is logged."""
         if self._kept is not None:
@@ -244,6 +296,24 @@ class SO8TTrainer(Trainer):
             logs |= geometry(self.model)
             self._meter.reset()
         super().log(logs, start_time)
+
+    def orthogonality_error(self) -> float | None:
+        """Return the largest entry of RᵀR − I over the gates, ``None`` without gates."""
+        return geometry(self.model).get("gate/orthogonality_error")
+
+    def loop_state(self) -> dict[str, Any]:
+        """Return the sums of this process since the last log entry."""
+        return super().loop_state() | {"meter": self._meter.state(), "settings": self._settings}
+
+    def load_loop_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``loop_state`` returned."""
+        super().load_loop_state(state)
+        self._meter.load(state["meter"])
+        self._settings = dict(state["settings"])
+
+    def phases(self) -> dict[str, Any]:
+        """Return the place in the schedules, the penalty's weight among them."""
+        return super().phases() | {"pet_weight": self._weight()}
 
     def _over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value

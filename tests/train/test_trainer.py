@@ -36,9 +36,8 @@ def job_and_trainer(config, tmp_path, *callbacks, mutate=None, guard=None):
     if mutate:
         mutate(job.model)
     arguments = building.training_arguments(config, tmp_path / "checkpoints")
-    trainer = SO8TTrainer(
-        job.model, arguments, job.rows, job.held_out, job.collator, config.training, config.penalty, callbacks, guard
-    )
+    sections = (config.training, config.penalty)
+    trainer = SO8TTrainer(job.model, arguments, job.rows, job.held_out, job.collator, *sections, callbacks, guard=guard)
     return job, trainer
 
 
