@@ -218,9 +218,9 @@ class Guard(TrainerCallback):
         what = "the ladder stopped" if fault is None else f"{fault.cause.value}: {fault.detail}"
         raise TrainingStopped(
             f"Step {self._step}: {what}. Training stops: {reason} ({self.ladder.recoveries} recoveries in the last "
-            f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). The weights on disk are "
-            "those of the last healthy checkpoint. Read post_mortem.json, look at the data, then go on with --resume auto, "
-            "or begin a new run with a lower training.lr or gate_lr."
+            f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). The last healthy "
+            "checkpoint is untouched. Read post_mortem.json, look at the data, then go on with --resume auto, or begin a new run "
+            "with a lower training.lr or gate_lr."
         )
 
 
