@@ -219,8 +219,8 @@ class Guard(TrainerCallback):
         raise TrainingStopped(
             f"Step {self._step}: {what}. Training stops: {reason} ({self.ladder.recoveries} recoveries in the last "
             f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). The last healthy "
-            "checkpoint is untouched. Read post_mortem.json, look at the data, then go on with --resume auto, or begin a new run "
-            "with a lower training.lr or gate_lr."
+            "checkpoint is untouched. Read post_mortem.json, look at the data, then go on with --resume auto, or begin "
+            "a new run with a lower training.lr or gate_lr."
         )
 
 

@@ -30,11 +30,13 @@ class MemoryRelief:
         model: in training.
         record: gets one mapping for each remedy.
         alone: whether no other process waits for this one's gradients; otherwise nothing is tried.
+
+    ``what_fits`` gets the card's bytes and returns sentences about settings that fit; asked when nothing helped.
     """
 
     def __init__(self, model: nn.Module, record: Sink, *, alone: bool = True) -> None:
         self._model, self._record, self._alone = model, record, alone
-        self.what_fits: Callable[[], list[str]] | None = None
+        self.what_fits: Callable[[int], list[str]] | None = None
         self.parts = 1
         self._freed_at: int | None = None
 
@@ -80,7 +82,7 @@ class MemoryRelief:
             tried = (
                 f"step {step} does not fit; with several processes a step is not tried again, the others wait for it"
             )
-        fits = self.what_fits() if self.what_fits is not None else []
+        fits = self.what_fits(total) if self.what_fits is not None and total else []
         return VRAMExhaustedError((total - free) / MIB, total / MIB, [tried, *fits])
 
 
@@ -125,8 +127,9 @@ def fitting(config: TrainConfig, limit: int) -> list[str]:
     from so8t_torch.train.plan import plan
 
     training, length = config.training, config.data.max_length
+    sizes = [training.batch_size >> i for i in range(training.batch_size.bit_length())]
     while length >= 16:
-        for rows in (training.batch_size, 1):
+        for rows in sizes:
             new = training.model_copy(update={"batch_size": rows, "gradient_checkpointing": True})
             smaller = config.model_copy(
                 update={"training": new, "data": config.data.model_copy(update={"max_length": length})}

@@ -238,7 +238,7 @@ def _trainer(
         keeping(config),
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
     )
-    trainer.relief.what_fits = lambda: fitting(config, torch.cuda.get_device_properties(0).total_memory)
+    trainer.relief.what_fits = lambda limit: fitting(config, limit)
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     if config.recording.progress:
