@@ -67,7 +67,7 @@ class MemoryRelief:
         if self._freed_at != step:
             self._freed_at = step
             return "free"
-        if not getattr(self._model, "is_gradient_checkpointing", True):
+        if not is_checkpointing(self._model):
             checkpointing_on(self._model)
             return "checkpointing"
         if self.parts < rows:
@@ -84,6 +84,11 @@ class MemoryRelief:
             )
         fits = self.what_fits(total) if self.what_fits is not None and total else []
         return VRAMExhaustedError((total - free) / MIB, total / MIB, [tried, *fits])
+
+
+def is_checkpointing(model: Any) -> bool:
+    """Whether activations are recomputed in the backward pass, or the model does not know how to."""
+    return bool(getattr(model, "is_activation_checkpointing", True))
 
 
 def checkpointing_on(model: Any) -> None:

@@ -28,7 +28,7 @@ from torch import nn
 from so8t_torch.core.failures import NumericalInstabilityError, VRAMExhaustedError
 from so8t_torch.train.detection import layer_of
 from so8t_torch.train.ladder import Cause, Fault, Ladder, Rules, Stage
-from so8t_torch.train.out_of_memory import checkpointing_on, lower_rank
+from so8t_torch.train.out_of_memory import checkpointing_on, is_checkpointing, lower_rank
 from so8t_torch.train.snapshots import SnapshotRing, broken, restore
 
 logger = logging.getLogger(__name__)
@@ -360,13 +360,12 @@ def _assign(holder: Any, name: str, value: Any) -> bool:
 
 
 def _less_memory(model: nn.Module, config: Any) -> RecoveryResult | None:
-    live: Any = model
-    if hasattr(live, "activation_checkpointing_enable") and not live.is_gradient_checkpointing:
-        checkpointing_on(live)
+    if not is_checkpointing(model):
+        checkpointing_on(model)
         for name in ("use_gradient_checkpointing", "checkpoint_ar_ssm"):
             if hasattr(config, name):
                 _assign(config, name, True)
-        return RecoveryResult("enable_gradient_checkpointing", True, bool(live.is_gradient_checkpointing))
+        return RecoveryResult("enable_gradient_checkpointing", True, is_checkpointing(model))
     if lower_rank(model):
         return RecoveryResult("reduce_ar_ssm_rank", True, True)
     logarithmic = [module for module in model.modules() if getattr(module, "lns_enabled", False) is True]

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from so8t_torch.core.config import parse_config
-from so8t_torch.train import building, run
+from so8t_torch.train import building
+from so8t_torch.train import run as running
 from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.detection import trainable
 from so8t_torch.train.folder import RunFolder
@@ -68,7 +69,7 @@ class Bench:
             "base": {"kind": "pretrained", "path": str(source)},
             "loading": {"dtype": "float32"},
             "adapter": {"layers_to_transform": [0, 1], "r": 4, "lora_target_modules": ["qkv_proj", "gate_up_proj"]},
-            "data": {"scenarios": {"held_out_tellings": 1, "train_tellings": 1}, "max_length": 48},
+            "data": {"train": str(_rows(folder, 0)), "eval": str(_rows(folder, 1)), "max_length": 64},
             "penalty": {"enabled": True},
             "training": {"max_steps": steps, "batch_size": 4, "lr": 5e-3, "gate_lr": 1e-2, "loss_chunk": 128},
             "recording": {"every_steps": 10, "progress": False, "tensorboard": False},
@@ -95,8 +96,8 @@ class Bench:
         arguments.eval_on_start = False
         with ExitStack() as stack:
             callbacks = [stack.enter_context(injected(place, value, {step})) for place, value, step in faults]
-            trainer = run._trainer(config, self._job, arguments, folder, callbacks)
-            run._train(trainer, folder, None, None)
+            trainer = running._trainer(config, self._job, arguments, folder, callbacks)
+            running._train(trainer, folder, None, None)
             assert all(each.fired for each in callbacks), f"a fault never struck: {faults}"
         return trainer.evaluate()["eval_lm"], _lost(folder)
 
@@ -117,6 +118,18 @@ def _lost(folder: RunFolder) -> list[int]:
     back = [row["step"] - int(row["checkpoint"].rpartition("-")[2]) + 1 for row in rows if row["event"] == "rollback"]
     skips = [1 for row in rows if row.get("transition") == "fault" and row["stage"] not in ("rollback", "stop")]
     return back + skips
+
+
+def _rows(folder: Path, rest: int) -> Path:
+    """Write small sums, every fifth for the held-out set."""
+    path = folder / f"sums-{rest}.jsonl"
+    pairs = [(a, b) for a in range(10) for b in range(10) if ((a + 3 * b) % 5 == 0) == (rest == 1)]
+    rows = [
+        {"question": f"Is {a} and {b} over nine?", "answer": f"{'yes' if a + b > 9 else 'no'}, {a + b}"}
+        for a, b in pairs
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def _tiny_source(folder: Path) -> Path:
@@ -143,7 +156,7 @@ def trials(bench: Bench, seeds: int, count: int, report: Callable[[str], None]) 
     return found
 
 
-def run_soak(report: Callable[[str], None] = print, *, seeds: int = 10, steps: int = 200) -> list[Row]:
+def run(report: Callable[[str], None] = print, *, seeds: int = 10, steps: int = 200) -> list[Row]:
     """Return the rows of R5: figure, trials, failures, bound, command.
 
     Args:
@@ -171,7 +184,7 @@ def run_soak(report: Callable[[str], None] = print, *, seeds: int = 10, steps: i
 def main(arguments: list[str]) -> int:
     """Print the table; return 1 where a bound is broken."""
     seeds, steps = (int(value) for value in (*arguments, *("10", "200")[len(arguments) :]))
-    rows = run_soak(seeds=seeds, steps=steps)
+    rows = run(seeds=seeds, steps=steps)
     for row in rows:
         print(" | ".join(map(str, row)))
     return int(any(row[2] for row in rows))

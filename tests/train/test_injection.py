@@ -16,6 +16,7 @@ from so8t_torch.train.folder import RunFolder
 from so8t_torch.train.guard import TrainingStopped
 from so8t_torch.train.out_of_memory import MemoryRelief, fitting
 from so8t_torch.train.plan import plan
+from tests.faults import soak_injection
 from tests.faults.injection import EXPECTED, injected
 
 FAULT, LAST = 5, 6
@@ -226,7 +227,7 @@ class Shy:
         if not module.training or not self.times:
             return
         hidden = output if isinstance(output, torch.Tensor) else output[0]
-        if hidden.shape[0] > self.rows or (self.checkpointing and not self.model.is_gradient_checkpointing):
+        if hidden.shape[0] > self.rows or (self.checkpointing and not self.model.is_activation_checkpointing):
             self.times -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -245,7 +246,7 @@ def shy(built):
     yield make
     for each in made:
         each.hook.remove()
-    built[1].model.gradient_checkpointing_disable()
+    built[1].model.activation_checkpointing_disable()
 
 
 @pytest.mark.parametrize(
@@ -299,3 +300,12 @@ def test_several_processes_try_nothing(built):
     with pytest.raises(VRAMExhaustedError, match="several processes"):
         relief.next(3, 2, "CUDA out of memory")
     assert rows[0]["remedy"] is None
+
+
+def test_recovered_faults_cost_little(tmp_path):
+    """The small form of ``python -m tests.faults.soak_injection``, which takes ten seeds and longer runs."""
+    bench = soak_injection.Bench(tmp_path, 40)
+    outcomes = [bench.trial(seed, count) for count in (1, 3) for seed in (0,)]
+    for outcome, bound in zip(outcomes, (0.02, 0.05), strict=True):
+        assert outcome.excess <= bound, outcome
+        assert max(outcome.lost) <= 100, outcome

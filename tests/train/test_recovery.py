@@ -222,7 +222,7 @@ def test_counters_are_reset_and_the_history_stays():
 
 def test_memory_is_saved_on_the_live_model_or_not_at_all():
     class Live(nn.Module):
-        is_gradient_checkpointing = False
+        is_activation_checkpointing = False
 
         def __init__(self):
             super().__init__()
@@ -230,11 +230,11 @@ def test_memory_is_saved_on_the_live_model_or_not_at_all():
 
         def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None):
             assert activation_checkpointing_kwargs == {"use_reentrant": False}
-            self.is_gradient_checkpointing = True
+            self.is_activation_checkpointing = True
 
     model, recovery, error = Live(), Phase1ErrorRecovery(), torch.OutOfMemoryError("CUDA out of memory")
     assert recovery.handle_vram_exhausted(error, None, model)
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     ranks = []
     while recovery.handle_vram_exhausted(error, None, model):
         ranks.append(model.mixer.active_rank)
