@@ -32,6 +32,7 @@ from tests.faults.injection import EXPECTED, injected
 FAULTS = sorted(case for case, stage in EXPECTED.items() if stage is not None)
 BOUNDS = {1: 0.02, 3: 0.05}
 MOST_LOST = 100
+HEAD = {"modules_to_save": ["lm_head"]}
 
 Row = tuple[str, int, int, str, str]
 
@@ -68,11 +69,12 @@ class Bench:
             "threads": 1,
             "base": {"kind": "pretrained", "path": str(source)},
             "loading": {"dtype": "float32"},
-            "adapter": {"layers_to_transform": [0, 1], "r": 4, "lora_target_modules": ["qkv_proj", "gate_up_proj"]},
+            # a random base learns little through gates and LoRA alone, so its head is trained too
+            "adapter": {"layers_to_transform": [0, 1], "r": 4, "lora_target_modules": ["qkv_proj"], **HEAD},
             "data": {"train": str(_rows(folder, 0)), "eval": str(_rows(folder, 1)), "max_length": 64},
             "penalty": {"enabled": True},
-            "training": {"max_steps": steps, "batch_size": 4, "lr": 5e-3, "gate_lr": 1e-2, "loss_chunk": 128},
-            "recording": {"every_steps": 10, "progress": False, "tensorboard": False},
+            "training": {"max_steps": steps, "batch_size": 8, "lr": 1e-2, "gate_lr": 1e-2, "loss_chunk": 512},
+            "recording": {"every_steps": 1000, "progress": False, "tensorboard": False},
             "checkpoint": {"every_steps": max(2, steps // 10), "keep": 20},
         }
         self._job = building.build(self._config(0))
@@ -156,7 +158,7 @@ def trials(bench: Bench, seeds: int, count: int, report: Callable[[str], None]) 
     return found
 
 
-def run(report: Callable[[str], None] = print, *, seeds: int = 10, steps: int = 200) -> list[Row]:
+def run(report: Callable[[str], None] = print, *, seeds: int = 10, steps: int = 120) -> list[Row]:
     """Return the rows of R5: figure, trials, failures, bound, command.
 
     Args:
@@ -183,7 +185,7 @@ def run(report: Callable[[str], None] = print, *, seeds: int = 10, steps: int = 
 
 def main(arguments: list[str]) -> int:
     """Print the table; return 1 where a bound is broken."""
-    seeds, steps = (int(value) for value in (*arguments, *("10", "200")[len(arguments) :]))
+    seeds, steps = (int(value) for value in (*arguments, *("10", "120")[len(arguments) :]))
     rows = run(seeds=seeds, steps=steps)
     for row in rows:
         print(" | ".join(map(str, row)))

@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from so8t_torch.core.config import parse_config
+from so8t_torch.core.config import dump_config, parse_config
 from so8t_torch.core.failures import VRAMExhaustedError
 from so8t_torch.train import building, checkpoints, run
 from so8t_torch.train.config import TrainConfig
@@ -300,6 +305,33 @@ def test_several_processes_try_nothing(built):
     with pytest.raises(VRAMExhaustedError, match="several processes"):
         relief.next(3, 2, "CUDA out of memory")
     assert rows[0]["remedy"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "stage"), [("learning_rate", "skip"), ("moment", "rollback")])
+def test_a_fault_in_one_process_is_a_fault_in_all(tiny_source, sentences, tmp_path, place, stage):
+    config = tree(tiny_source, sentences, tmp_path / "run", training={"max_steps": 4})
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    done = subprocess.run(
+        [*launcher, "-m", "tests.faults.fault_in_one", str(path), place, "nan", "3"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["stage"]) for row in lines if row["event"] == "recovery"] == [(3, stage)]
+    assert len([row for row in lines if row["event"] == "rollback"]) == (stage == "rollback")
+    digests = {(tmp_path / f"run/weights-{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(digests) == 1
 
 
 def test_recovered_faults_cost_little(tmp_path):
