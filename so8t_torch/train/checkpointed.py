@@ -135,6 +135,10 @@ class CheckpointedTrainer(Trainer):
         # the library's way to tell the sampler ends at the wrappers of several processes
         if self.stream is not None:
             self.stream.set_epoch(epoch)
+        if self.state.global_step >= self.state.max_steps:
+            # taken up at its end, where the library would do a step too many
+            self.control.should_training_stop = True
+            return
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
