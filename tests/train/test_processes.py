@@ -44,6 +44,8 @@ def launch(config, tmp_path, *command, resume=(), **variables):
 SECTIONS = {
     "penalty": {"enabled": True, "weights": [1.0, 1.0, 1.0]},
     "checkpoint": {"every_steps": 1},
+    # Adam's first step goes by the sign, also of gradients that are mere rounding; with this order there are none
+    "seed": 1,
 }
 STEPS = {"max_steps": 2, "warmup": 0.0, "schedule": "constant"}
 COMPARED = {"loss/lm", "loss/pet", "loss/total", "grad_norm", "supervised_tokens", "eval/lm", "eval/supervised_tokens"}

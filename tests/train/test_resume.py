@@ -1,18 +1,10 @@
 """A run that is killed at any moment and gone on with equals the run that nobody disturbed, bit for bit."""
 
 import json
-import os
 import random
-import signal
-import time
 
 import pytest
-import torch
 
-from so8t_torch.core.errors import CheckpointError, ConfigError
-from so8t_torch.train import checkpoints
-from so8t_torch.train.folder import read_metrics
-from so8t_torch.train.run import run_training
 from tests.faults import kills
 from tests.faults.kills import Count, Zygote, differences, disturbed, settings, trace, undisturbed
 
