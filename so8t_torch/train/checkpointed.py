@@ -98,7 +98,8 @@ class CheckpointedTrainer(Trainer):
         """
         here = self.state.global_step
         folder = Path(self.args.output_dir)
-        for limit in (here - steps_back, here):
+        # far enough back, else as far back as there is one
+        for limit in (here - steps_back, *sorted(step for step, _ in checkpoints.present(folder) if step <= here)):
             found, _ = checkpoints.newest(folder, self.expected, at_most=limit, calm=True)
             if found is not None:
                 return RollbackRequested(found, self.seen_since(read_manifest(found).step), reason)

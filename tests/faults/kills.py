@@ -165,7 +165,8 @@ def undisturbed(zygote: Zygote, config: TrainConfig) -> Quiet:
     began = time.monotonic()
     status = zygote.train(config, {}, log=log, count=count)
     assert status == 0, log.read_text()[-3000:]
-    micro_batches = STEPS * config.training.accumulation
+    # an epoch has three micro-batches, in three steps or in two
+    micro_batches = STEPS * 3 // (4 - config.training.accumulation)
     return Quiet(trace(config.output_dir), int(count.read_text()), micro_batches, time.monotonic() - began)
 
 
