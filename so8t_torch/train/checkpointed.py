@@ -98,7 +98,8 @@ class CheckpointedTrainer(Trainer):
         """
         here = self.state.global_step
         folder = Path(self.args.output_dir)
-        for limit in (here - steps_back, here):
+        # far enough back, else as far back as there is one
+        for limit in (here - steps_back, *sorted(step for step, _ in checkpoints.present(folder) if step <= here)):
             found, _ = checkpoints.newest(folder, self.expected, at_most=limit, calm=True)
             if found is not None:
                 return RollbackRequested(found, self.seen_since(read_manifest(found).step), reason)
@@ -135,6 +136,10 @@ class CheckpointedTrainer(Trainer):
         # the library's way to tell the sampler ends at the wrappers of several processes
         if self.stream is not None:
             self.stream.set_epoch(epoch)
+        if self.state.global_step >= self.state.max_steps:
+            # taken up at its end, where the library would do a step too many
+            self.control.should_training_stop = True
+            return
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
