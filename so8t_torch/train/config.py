@@ -115,10 +115,45 @@ class RecordingSection(Section):
 
 
 class CheckpointSection(Section):
-    """How often a checkpoint is written and how many are kept; ``None`` writes none until the end."""
+    """How often a checkpoint is written and how many are kept.
+
+    ``every_steps`` and ``every_minutes`` (3 is a good value for a machine that may go away) work side by side;
+    ``None`` switches one off. ``keep_best`` keeps the one with the lowest held-out loss beside the ``keep`` youngest.
+    """
 
     every_steps: Positive | None = 500
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 5
+    keep_best: bool = True
+
+
+class RecoverySection(Section):
+    """When a step counts as faulty and how the recovery ladder answers (see ``train/ladder.py``); counts are steps.
+
+    A loss is a spike over median + max(``spike_mads`` MAD, ``spike_floor`` nats) of the last ``window`` steps, once
+    there were ``history`` of them; ``divergence_steps`` losses in a row over ``divergence_ratio`` averages (plus the
+    floor) roll back, ``rollback_distance`` steps at least. More than ``recoveries`` in ``recovery_window`` steps stop
+    the run with exit code 75; 0 stops at the first fault. ``reinitialise`` allows resetting a layer, which is meant
+    for models trained from scratch.
+    """
+
+    window: Positive = 200
+    history: Positive = 20
+    spike_mads: Annotated[float, Field(gt=0)] = 6.0
+    spike_floor: Annotated[float, Field(gt=0)] = 1.0
+    divergence_ratio: Annotated[float, Field(gt=1)] = 3.0
+    divergence_steps: Positive = 10
+    clip_quantile: Annotated[float, Field(gt=0, le=1)] = 0.9
+    skip_window: Positive = 20
+    skips: Positive = 2
+    probation: Positive = 100
+    cool_steps: Positive = 100
+    cool_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    cool_floor: Annotated[float, Field(gt=0, le=1)] = 1 / 16
+    rollback_distance: Annotated[int, Field(ge=0)] = 100
+    recoveries: Annotated[int, Field(ge=0)] = 5
+    recovery_window: Positive = 1000
+    reinitialise: bool = False
 
 
 class EvaluationSection(Section):
@@ -144,6 +179,7 @@ class TrainConfig(Section):
     training: TrainingSection = TrainingSection()
     recording: RecordingSection = RecordingSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
@@ -170,12 +206,8 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"penalty.boundaries must be two shares of the run in order, got {config.penalty.boundaries}."
     if min(config.penalty.weights) < 0:
         yield f"penalty.weights must not be negative, got {config.penalty.weights}."
-    saved, logged = config.checkpoint.every_steps, config.recording.every_steps
-    if saved is not None and saved % logged:
-        yield (
-            f"checkpoint.every_steps ({saved}) must be a multiple of recording.every_steps ({logged}), so that a "
-            "resumed run logs what an uninterrupted one logs."
-        )
+    if config.recovery.reinitialise and config.base.kind == "pretrained":
+        yield "recovery.reinitialise is for models trained from scratch, but base.kind is pretrained."
     held_out = config.data.eval is not None or config.data.scenarios is not None
     if (config.evaluation.every_steps or config.evaluation.triage) and not held_out:
         yield "evaluation needs held-out data: give data.eval or data.scenarios."

@@ -1,0 +1,180 @@
+"""Going back to a checkpoint: exactly its weights, other samples, and nothing forgotten when the process dies then."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from so8t_torch.train import checkpoint_state, checkpoints
+from so8t_torch.train import run as runs
+from so8t_torch.train.data_order import Stream
+from so8t_torch.train.rollback import read_recovery
+from so8t_torch.train.run import run_training
+from so8t_torch.train.trainer import SO8TTrainer
+from tests.faults.kills import differences, trace
+
+SECTIONS = {"training": {"max_steps": 9, "batch_size": 2}, "checkpoint": {"every_steps": 2}}
+
+
+def events(folder, kind):
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in told if event["event"] == kind]
+
+
+class Counter:
+    """An extra that counts the micro-batches it was told of."""
+
+    name, open_incident = "counter", False
+
+    def __init__(self):
+        self.seen, self.loaded = 0, []
+
+    def state(self):
+        return {"seen": self.seen}
+
+    def load(self, state):
+        self.loaded.append(dict(state))
+        self.seen = state["seen"]
+
+
+class Watched:
+    """Everything a test wants to know of the trainers it makes: who asks for what, and which samples they read."""
+
+    def __init__(self, monkeypatch):
+        self.extras, self.read, self.weights = [], [], []
+        self.acts = {}
+        make, step = runs._trainer, SO8TTrainer.training_step
+
+        def trainer(*arguments):
+            made = make(*arguments)
+            made.extras.append(Counter())
+            self.extras.append(made.extras[-1])
+            return made
+
+        def training_step(made, model, inputs, *rest):
+            number = len(self.read)
+            self.read.append((made.state.global_step + 1, inputs["input_ids"].clone()))
+            self.weights.append({n: t.clone() for n, t in checkpoint_state.model_tensors(made.model).items()})
+            self.extras[-1].seen += 1
+            if number in self.acts:
+                self.acts.pop(number)(made)
+            return step(made, model, inputs, *rest)
+
+        monkeypatch.setattr(runs, "_trainer", trainer)
+        monkeypatch.setattr(SO8TTrainer, "training_step", training_step)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+def go_back(steps_back=0):
+    def act(trainer):
+        request = trainer.rollback("A test asks.", steps_back=steps_back)
+        assert request is not None
+        raise request
+
+    return act
+
+
+def crash(_trainer):
+    raise KeyboardInterrupt
+
+
+def rows_read(watched, job_rows):
+    """Return for each micro-batch its step and the indices of its rows."""
+    found = []
+    for step, ids in watched.read:
+        rows = [[token for token in row if token] for row in ids.tolist()]
+        kept = [[token for token in row.input_ids if token] for row in job_rows]
+        found.append((step, [kept.index(row) for row in rows]))
+    return found
+
+
+def test_a_roll_back_restores_the_weights_and_reads_other_samples(settings, watched):
+    from so8t_torch.train import building
+
+    config = settings(**SECTIONS)
+    # in step 6, two steps behind checkpoint-4
+    watched.acts = {5: go_back()}
+    result = run_training(config)
+    assert result.steps == 9
+    (told,) = events(result.directory, "rollback")
+    assert (told["step"], told["checkpoint"], told["skipped"]) == (5, "checkpoint-4", [8, 12])
+    stored = load_file(result.directory / "checkpoints/checkpoint-4/adapter_model.safetensors")
+    assert all(torch.equal(watched.weights[6][name], value) for name, value in stored.items())
+    assert not all(torch.equal(watched.weights[5][name], value) for name, value in stored.items())
+    rows = building.build(config).rows
+    whole = Stream(len(rows), config.seed)
+    order = []
+    for epoch in range(5):
+        whole.set_epoch(epoch)
+        order += list(whole)
+    order = [order[i : i + 2] for i in range(0, len(order), 2)]
+    expected = [(step + 1, order[step]) for step in range(6)]
+    # step 5 and 6 are done again, on what follows the rows of the first attempt
+    expected += [(step + 1, order[step + 2]) for step in range(4, 9)]
+    assert rows_read(watched, rows) == expected
+
+
+def test_what_an_extra_knows_survives_a_roll_back_and_a_restart(settings, watched):
+    # micro-batches 7 and 8 are steps 5 and 6 done again; checkpoint-6 is the first that knows of the roll-back
+    watched.acts = {5: go_back(), 8: crash}
+    config = settings(**SECTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config)
+    (first,) = watched.extras
+    # six micro-batches, the one of the request among them, not the four of checkpoint-4
+    assert first.loaded == [{"seen": 6}]
+    run_training(config, resume="auto")
+    assert watched.extras[1].loaded == [{"seen": 8}]
+
+
+def test_a_process_that_dies_right_after_a_roll_back_goes_on_behind_it(settings, tmp_path, watched):
+    config = settings(**SECTIONS)
+    whole = settings(output_dir=str(tmp_path / "whole"), **SECTIONS)
+    # back from step 8 past checkpoint-6 to checkpoint-4
+    watched.acts = {7: go_back(steps_back=3)}
+    undisturbed = run_training(whole)
+    watched.read.clear()
+    watched.acts = {7: go_back(steps_back=3), 8: crash}
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config)
+    there = {path.name for path in (config.output_dir / "checkpoints").iterdir()}
+    assert "checkpoint-6" in there
+    recovery = read_recovery(config.output_dir)
+    assert (recovery.rollbacks, recovery.skipped, recovery.extras) == (1, ((8, 16),), {"counter": {"seen": 8}})
+    resumed = run_training(config, resume="auto")
+    (told,) = events(config.output_dir, "resume")
+    assert told["checkpoint"].endswith("checkpoint-4")
+    assert told["passed_over"] == [["checkpoint-6", "it learned from samples that a roll-back has since left out"]]
+    # the state at the roll-back, not that of the older checkpoint
+    assert watched.extras[-1].loaded == [{"seen": 8}]
+    assert not differences(trace(undisturbed.directory), trace(resumed.directory))
+    newest, passed_over = checkpoints.newest(config.output_dir / "checkpoints", None)
+    assert (newest.name, passed_over) == ("checkpoint-9", [])
+    assert checkpoints.verify(newest).rollbacks == 1
+
+
+def test_two_roll_backs_to_one_checkpoint_leave_both_spans_out(settings, watched):
+    watched.acts = {5: go_back(), 7: go_back()}
+    result = run_training(settings(**SECTIONS))
+    assert [event["skipped"] for event in events(result.directory, "rollback")] == [[8, 12], [12, 16]]
+    assert read_recovery(result.directory).skipped == ((8, 16),)
+    assert result.steps == 9
+
+
+def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(settings, watched):
+    seen = []
+    watched.acts = {1: lambda trainer: seen.append(trainer.rollback("A test asks."))}
+    run_training(settings(**SECTIONS))
+    assert seen == [None]
+
+
+def test_where_none_is_far_enough_back_the_oldest_is_taken(settings, watched):
+    seen = []
+    watched.acts = {7: lambda trainer: seen.append(trainer.rollback("A test asks.", steps_back=100))}
+    run_training(settings(**SECTIONS))
+    assert seen[0].checkpoint.name == "checkpoint-2"
