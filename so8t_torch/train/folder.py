@@ -20,7 +20,7 @@ from so8t_torch.core.errors import ConfigError, TrainingError
 from so8t_torch.data.records import parse_json_object
 from so8t_torch.train.config import TrainConfig
 
-FREE_ON_RESUME = ("output_dir", "threads", "card", "recording", "checkpoint", "evaluation")
+FREE_ON_RESUME = ("output_dir", "threads", "card", "recording", "logits", "checkpoint", "evaluation")
 """Settings that a resumed run may change; every other one would make it a different run."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

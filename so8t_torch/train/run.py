@@ -32,6 +32,7 @@ from so8t_torch.train.curves import draw_curves
 from so8t_torch.train.dry_run import describe, trainable_groups
 from so8t_torch.train.environment import environment
 from so8t_torch.train.folder import RunFolder, write_json
+from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.sharding import adapter_state, is_sharded
 from so8t_torch.train.trainer import SO8TTrainer
 
@@ -179,6 +180,10 @@ def _trainer(
     )
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
+    if config.logits.save_logits:
+        logits = LogitsRecorder(config.logits, folder)
+        trainer.watch = logits.watch
+        trainer.add_callback(logits)
     if config.recording.progress:
         trainer.add_callback(QuietProgress())
     if config.recording.tensorboard and arguments.should_save:

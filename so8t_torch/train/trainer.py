@@ -10,13 +10,13 @@ loss cannot train anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from so8t_torch.adapter import gate_summary, so8t_param_groups
@@ -25,7 +25,7 @@ from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
 from so8t_torch.train.config import PenaltySection, TrainingSection
-from so8t_torch.train.loss import LossAtHead, row_sums
+from so8t_torch.train.loss import LossAtHead, Watch, row_sums
 from so8t_torch.train.meter import LossMeter, perplexity
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
@@ -87,6 +87,8 @@ class SO8TTrainer(Trainer):
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
+        self.watch: Callable[[TrainerState], Watch | None] = lambda _: None
+        """Who sees the logits of a step's last micro-batch; asked before each."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
@@ -165,7 +167,9 @@ class SO8TTrainer(Trainer):
     def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor]]:
         """Return the supervised losses with their rows, and the streams after the gated layers."""
         names = ("input_ids", "attention_mask", "position_ids")
-        with self._tap.open() as states, self._at_head.open(inputs["labels"], states) as losses:
+        # the library evaluates a model in evaluation mode, and asks for gradients' exchange after the last micro-batch
+        watch = self.watch(self.state) if model.training and self.accelerator.sync_gradients else None
+        with self._tap.open() as states, self._at_head.open(inputs["labels"], states, watch) as losses:
             model(**{name: inputs[name] for name in names}, use_cache=False, logits_to_keep=1)
         del states[LAST_STATES]
         return losses.result(), states
