@@ -1,7 +1,7 @@
 """Takes the logits of one forward pass out of the chunked loss while each block exists.
 
-Nothing is computed twice: the blocks are the loss's own, and log Σ exp comes from it, logsumexp = nll + z_label. What is
-kept is small (top-k) or converted (full), and leaves the device without waiting for it.
+Nothing is computed twice: the blocks are the loss's own, and log Σ exp comes from it, logsumexp = nll + z_label. What
+is kept is small (top-k) or converted (full), and leaves the device without waiting for it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """What is kept of the logits of one micro-batch, and its two forms on disk.
 
-Position n of a record is one supervised token: ``labels[n]`` stands at (``rows[n]``, ``positions[n]``) of the batch, and
-z_n are the logits it was judged by. Two modes:
+Position n of a record is one supervised token: ``labels[n]`` stands at (``rows[n]``, ``positions[n]``) of the batch,
+and z_n are the logits it was judged by. Two modes:
 
     full   logits (N, V)
     topk   values, ids (N, k), the k largest in falling order: p_i = exp(values_i − logsumexp) is still exact
 
-Both carry ``logsumexp[n]`` = log Σ_v exp(z_nv) and ``label_logits[n]`` = z_n,label in float32. A record is a safetensors
-file with these tensors and its other facts as text, or a ``.pt`` file of one dictionary of tensors and plain values.
+Both carry ``logsumexp[n]`` = log Σ_v exp(z_nv) and ``label_logits[n]`` = z_n,label in float32. A record is a
+safetensors file with these tensors and its other facts as text, or a ``.pt`` file of one dictionary of tensors and
+plain values.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class LogitsRecord:
     """The logits of one micro-batch at its supervised positions.
 
     ``step`` is the optimiser step that used them, counted from 1, ``epoch`` from 0, ``timestamp`` the local time as
-    ``YYYYmmdd_HHMMSS``; ``batch_shape`` is (B, T), ``logits_shape`` (N, V) and ``logits_dtype`` what the model computed.
+    ``YYYYmmdd_HHMMSS``; ``batch_shape`` is (B, T), ``logits_shape`` (N, V), ``logits_dtype`` what the model computed.
     """
 
     tensors: dict[str, Tensor]
@@ -150,10 +151,11 @@ def _check_tensors(tensors: dict[str, Tensor], facts: dict[str, Any], source: st
     missing = [name for name in (*PLACED, *LARGE[facts["mode"]]) if not isinstance(tensors.get(name), Tensor)]
     if missing:
         raise DataError(f"{source}: the tensors {', '.join(missing)} are missing.")
-    width = {"logits": vocabulary}
+    kept = vocabulary
     if facts["mode"] == "topk":
-        width = dict.fromkeys(LARGE["topk"], min(vocabulary, tensors["ids"].shape[-1] if tensors["ids"].ndim else 0))
-    shapes = {name: (count,) for name in PLACED} | {name: (count, size) for name, size in width.items()}
+        kept = min(vocabulary, tensors["ids"].shape[-1] if tensors["ids"].ndim else 0)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(PLACED, (count,))
+    shapes |= dict.fromkeys(LARGE[facts["mode"]], (count, kept))
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise DataError(f"{source}: {name} must have shape {list(shape)}, got {list(tensors[name].shape)}.")
@@ -161,6 +163,6 @@ def _check_tensors(tensors: dict[str, Tensor], facts: dict[str, Any], source: st
         if tensors[name].dtype not in ((torch.int64, torch.int32) if whole else FLOATS):
             raise DataError(f"{source}: {name} has the wrong dtype {tensors[name].dtype}.")
     for name in {"labels", "ids"} & tensors.keys():
-        found = tensors[name]
-        if found.numel() and not (0 <= int(found.min()) and int(found.max()) < vocabulary):
+        low, high = tensors[name].aminmax() if tensors[name].numel() else (0, 0)
+        if low < 0 or high >= vocabulary:
             raise DataError(f"{source}: {name} holds tokens outside the vocabulary of {vocabulary}.")
