@@ -244,7 +244,7 @@ def main() -> None:
     except (SO8TError, OSError) as error:
         # as plain text: lists and regular expressions in square brackets are not markup
         Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_code if isinstance(error, SO8TError) else 1) from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 
 class SO8TError(Exception):
-    """Root of every error raised on purpose by this library."""
+    """Root of every error raised on purpose by this library; ``exit_code`` is the command's exit status."""
+
+    exit_code: int = 1
 
 
 class ShapeError(SO8TError, ValueError):
@@ -27,6 +29,10 @@ class DataError(SO8TError, ValueError):
 
 class TrainingError(SO8TError, RuntimeError):
     """Training cannot start or continue: nothing to train, no gradient, non-finite loss."""
+
+
+class CheckpointError(SO8TError, ValueError):
+    """A checkpoint is damaged, incomplete, of another run, or cannot be written."""
 
 
 class DomainError(SO8TError, ValueError):

@@ -240,7 +240,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = 
         report_to="none",
         save_strategy="steps" if every else "no",
         save_steps=every or 500,
-        save_total_limit=config.checkpoint.keep,
+        save_total_limit=None,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=evaluate,
         # Evaluating before training would leave the model unwrapped: processes would not share gradients.

@@ -33,10 +33,10 @@ class Recorder(TrainerCallback):
             append_json(self._folder.metrics, entry(state.global_step, logs))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the checkpoint."""
+        """Note the checkpoint, if there is one: a state that is not finite is not written."""
         del args, control, kwargs
-        if state.is_world_process_zero:
-            path = Path("checkpoints") / f"checkpoint-{state.global_step}"
+        path = Path("checkpoints") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and (self._folder.path / path).is_dir():
             self._folder.event("checkpoint", step=state.global_step, path=path.as_posix())
 
 

@@ -134,10 +134,16 @@ class LogitsSection(Section):
 
 
 class CheckpointSection(Section):
-    """How often a checkpoint is written and how many are kept; ``None`` writes none until the end."""
+    """How often a checkpoint is written and how many are kept.
+
+    ``every_steps`` and ``every_minutes`` (3 is a good value for a machine that may go away) work side by side;
+    ``None`` switches one off. ``keep_best`` keeps the one with the lowest held-out loss beside the ``keep`` youngest.
+    """
 
     every_steps: Positive | None = 500
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 5
+    keep_best: bool = True
 
 
 class EvaluationSection(Section):
@@ -190,12 +196,6 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"penalty.boundaries must be two shares of the run in order, got {config.penalty.boundaries}."
     if min(config.penalty.weights) < 0:
         yield f"penalty.weights must not be negative, got {config.penalty.weights}."
-    saved, logged = config.checkpoint.every_steps, config.recording.every_steps
-    if saved is not None and saved % logged:
-        yield (
-            f"checkpoint.every_steps ({saved}) must be a multiple of recording.every_steps ({logged}), so that a "
-            "resumed run logs what an uninterrupted one logs."
-        )
     held_out = config.data.eval is not None or config.data.scenarios is not None
     if (config.evaluation.every_steps or config.evaluation.triage) and not held_out:
         yield "evaluation needs held-out data: give data.eval or data.scenarios."

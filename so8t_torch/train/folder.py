@@ -1,29 +1,41 @@
 """The run folder: where each file of a run lies, how a run begins in it, and how one goes on.
 
     RUN/config.yaml environment.json metrics.jsonl events.jsonl curves.png
-    RUN/tensorboard/ checkpoints/checkpoint-N/ adapter/ logits/ eval/
+    RUN/tensorboard/ checkpoints/checkpoint-N/ adapter/ logits/ eval/ and, after a roll-back, recovery.json
 
-Both JSONL files are only ever appended to. After a resume the steps behind the checkpoint are written again;
-``read_metrics`` keeps the last entry of each step and kind, so nothing is lost and nothing is counted twice.
+Both JSONL files are only ever appended to; a line that a dying process left half written is cut off on resume. The
+steps behind the checkpoint are written again then; ``read_metrics`` keeps the last entry of each step and kind, so
+nothing is lost and nothing is counted twice.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from so8t_torch.core.config import dump_config, load_config
-from so8t_torch.core.errors import ConfigError, TrainingError
+from so8t_torch.core.errors import CheckpointError, ConfigError, TrainingError
 from so8t_torch.data.records import parse_json_object
+from so8t_torch.train import checkpoints
 from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.manifest import write_bytes
+from so8t_torch.train.rollback import FILE, Recovery, read_recovery
 
 FREE_ON_RESUME = ("output_dir", "threads", "card", "recording", "logits", "checkpoint", "evaluation")
 """Settings that a resumed run may change; every other one would make it a different run."""
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint or, with ``None``, at step 0; what was passed over, with reasons."""
+
+    checkpoint: Path | None
+    recovery: Recovery
+    passed_over: list[tuple[str, str]]
 
 
 class RunFolder:
@@ -47,15 +59,23 @@ class RunFolder:
         self.evaluation = path / "eval"
 
     def begin(self, config: TrainConfig) -> None:
-        """Create the folder for a new run and write its configuration.
+        """Create the folder for a new run, its configuration first, so that a run cut off here can go on.
 
         Raises:
             ConfigError: the folder holds something already.
         """
         self.check_free()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.config, dump_config(config).encode())
+        self.complete()
+
+    def complete(self) -> None:
+        """Make the folders of a run, and cut off and remove what a process left that died while it wrote."""
         for folder in (self.tensorboard, self.checkpoints, self.adapter, self.logits, self.evaluation):
-            folder.mkdir(parents=True)
-        self.config.write_text(dump_config(config), encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+        for record in (self.metrics, self.events):
+            cut_off_half_a_line(record)
+        checkpoints.sweep(self.checkpoints)
 
     def check_free(self) -> None:
         """Refuse a folder that holds something.
@@ -63,38 +83,59 @@ class RunFolder:
         Raises:
             ConfigError: saying how to go on, which depends on whether there is a checkpoint.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if self._empty():
             return
-        way = "go on with --resume auto" if self._newest() else "it holds no checkpoint to go on from: remove it"
+        found, _ = checkpoints.newest(self.checkpoints)
+        way = "go on with --resume auto" if found else "it holds no checkpoint to go on from: remove it"
         raise ConfigError(
             f"{self.path} is not empty, and a run never writes over another; {way}, or choose another output_dir."
         )
 
-    def checkpoint(self, resume: str, config: TrainConfig) -> Path:
-        """Return the checkpoint to go on from.
+    def _empty(self) -> bool:
+        return not self.path.exists() or all(path.suffix == ".part" for path in self.path.iterdir())
+
+    def start(self, resume: str, config: TrainConfig) -> Start:
+        """Return where a resumed run begins.
+
+        ``"auto"`` takes the youngest checkpoint that verifies and belongs to the run. A run that was cut off before
+        it wrote its first begins at step 0; one whose checkpoints are all damaged does not.
 
         Args:
-            resume: ``"auto"`` for the newest one in this folder, or a path.
+            resume: ``"auto"`` or the path of a checkpoint.
             config: settings of the resumed run.
 
         Raises:
-            ConfigError: there is no checkpoint, or the settings differ from those the run began with.
+            ConfigError: there is nothing to go on from, or the settings differ from those the run began with.
+            CheckpointError: every checkpoint, or the one that was named, is damaged; the reasons are listed.
         """
-        found = self._newest() if resume == "auto" else Path(resume)
-        if found is None or not _complete(found):
-            place = self.checkpoints if found is None else found
-            raise ConfigError(f"--resume {resume}: no complete checkpoint at {place}; start anew without --resume.")
         if self.config.is_file():
             self._same_run(config)
-        return found
+        recovery = read_recovery(self.path)
+        if resume != "auto":
+            return Start(self._named(resume), recovery, [])
+        expected = checkpoints.Expected(config_hash(config), recovery)
+        found, passed_over = checkpoints.newest(self.checkpoints, expected)
+        begun = self.config.is_file() or (self.path.exists() and self._empty())
+        if found is None and passed_over:
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in passed_over)
+            raise CheckpointError(f"--resume auto: no complete checkpoint at {self.checkpoints}; passed over:{listed}")
+        if found is None and not begun:
+            raise ConfigError(
+                f"--resume auto: no complete checkpoint at {self.checkpoints}; start anew without --resume."
+            )
+        return Start(found, recovery, passed_over)
 
-    def _newest(self) -> Path | None:
-        complete = {
-            int(match[1]): folder
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if (match := _CHECKPOINT.fullmatch(folder.name)) and _complete(folder)
-        }
-        return complete[max(complete)] if complete else None
+    def _named(self, resume: str) -> Path:
+        folder = Path(resume)
+        if not folder.is_dir():
+            raise ConfigError(f"--resume {resume}: no complete checkpoint at {folder}; start anew without --resume.")
+        checkpoints.verify(folder)
+        return folder
+
+    def write_recovery(self, recovery: Recovery) -> None:
+        """Write ``recovery.json`` so that it is on the disk before anything follows."""
+        text = json.dumps(recovery.as_json(), ensure_ascii=False, indent=1, allow_nan=False)
+        write_bytes(self.path / FILE, text.encode())
 
     def _same_run(self, config: TrainConfig) -> None:
         before = load_config(TrainConfig, self.config).model_dump(mode="json", exclude=set(FREE_ON_RESUME))
@@ -111,16 +152,20 @@ class RunFolder:
         append_json(self.events, {"event": kind, "time": round(time.time(), 3), **fields})
 
 
-def _complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end; the library writes its state last, and not in one piece."""
-    state = checkpoint / "trainer_state.json"
-    if not state.is_file():
-        return False
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return False
-    return True
+def config_hash(config: TrainConfig) -> str:
+    """Return a SHA-256 over the settings that a resumed run must keep."""
+    tree = config.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def cut_off_half_a_line(path: Path) -> None:
+    """Cut a text file behind its last whole line."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_bytes(path, whole)
 
 
 def append_json(path: Path, row: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,16 @@ class LossMeter:
         self._sums.zero_()
         self._steps: set[int] = set()
         self._started = self._clock()
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums since the last reset; the time is not among them."""
+        return {"sums": self._sums, "steps": sorted(self._steps)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up sums that ``state`` returned; the time counts from here."""
+        self.reset()
+        self._sums.copy_(state["sums"])
+        self._steps = set(state["steps"])
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -27,17 +27,24 @@ from so8t_torch.core.errors import ConfigError
 from so8t_torch.data.records import Record, read_records
 from so8t_torch.train import building
 from so8t_torch.train.callbacks import GradientGuard, QuietProgress, Recorder
+from so8t_torch.train.checkpointed import Keeping
 from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.curves import draw_curves
 from so8t_torch.train.dry_run import describe, trainable_groups
-from so8t_torch.train.environment import environment
-from so8t_torch.train.folder import RunFolder, write_json
+from so8t_torch.train.environment import PACKAGES, environment, version
+from so8t_torch.train.folder import RunFolder, Start, config_hash, write_json
 from so8t_torch.train.logits import LogitsRecorder
+from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import adapter_state, is_sharded
+from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
 from so8t_torch.train.trainer import SO8TTrainer
 
 if TYPE_CHECKING:
     from so8t_torch.safety.evaluation import TriageReport
+
+
+INSTABILITY = 100
+"""Steps after which a fault shows at the latest; one calm checkpoint older than that is always kept."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,15 @@ def run_training(
 
     Args:
         config: the whole run.
-        resume: ``"auto"`` for the newest checkpoint of the run folder, a checkpoint's path, or ``None`` to begin.
+        resume: ``"auto"`` for the newest checkpoint of the run folder that verifies, a checkpoint's path, or ``None``
+            to begin.
         dry_run: build everything, print what would be trained, write and train nothing.
         callbacks: further callbacks of the library's trainer.
 
     Raises:
         ConfigError: the run folder is not empty, or there is nothing to resume.
+        CheckpointError: what there is to resume is damaged, or a checkpoint cannot be written.
+        Interrupted: by SIGINT or SIGTERM, after a whole step and with a checkpoint.
         TrainingError: nothing to train, no gradient, or a non-finite loss, with the step.
     """
     torch.set_num_threads(building.thread_count(config))
@@ -102,17 +112,20 @@ def run_training(
         counts = trainable_groups(job.model)
         return RunResult(config.output_dir, 0, counts, None, None, None, 0.0, job.model, job.tokenizer)
     folder = RunFolder(config.output_dir)
-    checkpoint = None if resume is None else folder.checkpoint(resume, config)
+    start = None if resume is None else folder.start(resume, config)
+    checkpoint = None if start is None else start.checkpoint
     arguments = building.training_arguments(config, folder.checkpoints, first=checkpoint is None)
-    job = _build(config, arguments, None if checkpoint else folder)
+    job = _build(config, arguments, folder if start is None else None)
     with arguments.main_process_first(desc="the run folder"):
         if arguments.should_save:
-            _open(folder, config, checkpoint)
+            _open(folder, config, start)
     trainer = _trainer(config, job, arguments, folder, callbacks)
+    if start is not None:
+        trainer.take_up(start.recovery)
     if arguments.should_save:
         _note_data(folder, job)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _train(trainer, folder, checkpoint, config.checkpoint.every_minutes)
     seconds = time.monotonic() - started
     before = _held_out_before(trainer)
     after = trainer.evaluate()["eval_lm"] if job.held_out else None
@@ -147,13 +160,51 @@ def _build(config: TrainConfig, arguments: Any, fresh: RunFolder | None) -> buil
     return building.build(config)
 
 
-def _open(folder: RunFolder, config: TrainConfig, checkpoint: Path | None) -> None:
-    if checkpoint is None:
+def _open(folder: RunFolder, config: TrainConfig, start: Start | None) -> None:
+    if start is None or not folder.config.is_file():
         folder.begin(config)
+    else:
+        folder.complete()
+    if start is None:
         folder.event("start", command=sys.argv)
     else:
-        folder.event("resume", checkpoint=str(checkpoint), command=sys.argv)
+        checkpoint = None if start.checkpoint is None else str(start.checkpoint)
+        folder.event("resume", checkpoint=checkpoint, passed_over=start.passed_over, command=sys.argv)
+        for name, reason in start.passed_over:
+            Console(stderr=True).print(f"passed over {name}: {reason}", markup=False, soft_wrap=True)
     write_json(folder.environment, environment(config.seed))
+
+
+def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, every_minutes: float | None) -> None:
+    """Train to the end, going back where that is asked for.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
+    """
+    with StopSignals() as signals:
+        trainer.add_callback(SaveAndStop(signals, every_minutes))
+        while True:
+            try:
+                trainer.train(None if checkpoint is None else str(checkpoint))
+                break
+            except RollbackRequested as request:
+                checkpoint = _roll_back(trainer, folder, request)
+    step = trainer.state.global_step
+    if signals.received and step < trainer.state.max_steps:
+        if trainer.args.should_save:
+            folder.event("interrupted", step=step, signal=signals.received)
+        raise Interrupted(signals.received, step)
+
+
+def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequested) -> Path:
+    step = trainer.state.global_step
+    recovery = trainer.grant(request)
+    if trainer.args.should_save:
+        folder.write_recovery(recovery)
+        name, skipped = request.checkpoint.name, list(request.skipped)
+        folder.event("rollback", step=step, checkpoint=name, skipped=skipped, reason=request.reason)
+    trainer.accelerator.wait_for_everyone()
+    return request.checkpoint
 
 
 def _note_data(folder: RunFolder, job: building.Job) -> None:
@@ -177,6 +228,7 @@ def _trainer(
         config.training,
         config.penalty,
         [GradientGuard(), Recorder(folder), *callbacks],
+        keeping(config),
     )
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
@@ -191,6 +243,13 @@ def _trainer(
         board.logging_dir = str(folder.tensorboard)
         trainer.add_callback(board)
     return trainer
+
+
+def keeping(config: TrainConfig) -> Keeping:
+    """Return how the run's checkpoints are marked, and how many stay."""
+    versions = {name: version(name) for name in PACKAGES}
+    section = config.checkpoint
+    return Keeping(config_hash(config), versions, section.keep, section.keep_best, horizon=INSTABILITY)
 
 
 def _held_out_before(trainer: SO8TTrainer) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from so8t_torch.adapter import gate_summary, so8t_param_groups
@@ -24,6 +24,7 @@ from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
+from so8t_torch.train.checkpointed import CheckpointedTrainer, Keeping
 from so8t_torch.train.config import PenaltySection, TrainingSection
 from so8t_torch.train.loss import LossAtHead, Watch, row_sums
 from so8t_torch.train.meter import LossMeter, perplexity
@@ -36,7 +37,7 @@ LAST_STATES = -1
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-class SO8TTrainer(Trainer):
+class SO8TTrainer(CheckpointedTrainer):
     """Trains an adapted causal language model.
 
     Args:
@@ -48,6 +49,7 @@ class SO8TTrainer(Trainer):
         training: optimiser, batch and loss settings.
         penalty: settings of PET.
         callbacks: further callbacks.
+        keeping: how checkpoints are marked, and how many stay.
     """
 
     optimizer: Any
@@ -62,12 +64,14 @@ class SO8TTrainer(Trainer):
         training: TrainingSection,
         penalty: PenaltySection,
         callbacks: Sequence[TrainerCallback] = (),
+        keeping: Keeping | None = None,
     ) -> None:
         check_trainable(model)
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=rows,
+            model,
+            args,
+            rows,
+            keeping or Keeping(),
             eval_dataset=held_out or None,
             data_collator=collator,
             compute_metrics=_held_out_metrics,
@@ -90,10 +94,10 @@ class SO8TTrainer(Trainer):
         self.watch: Callable[[TrainerState], Watch | None] = lambda _: None
         """Who sees the logits of a step's last micro-batch; asked before each."""
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
         self._meter.reset()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the held-out loss; its time does not count as training time.
@@ -213,6 +217,24 @@ class SO8TTrainer(Trainer):
             logs |= geometry(self.model)
             self._meter.reset()
         super().log(logs, start_time)
+
+    def orthogonality_error(self) -> float | None:
+        """Return the largest entry of RᵀR − I over the gates, ``None`` without gates."""
+        return geometry(self.model).get("gate/orthogonality_error")
+
+    def loop_state(self) -> dict[str, Any]:
+        """Return the sums of this process since the last log entry."""
+        return super().loop_state() | {"meter": self._meter.state(), "settings": self._settings}
+
+    def load_loop_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``loop_state`` returned."""
+        super().load_loop_state(state)
+        self._meter.load(state["meter"])
+        self._settings = dict(state["settings"])
+
+    def phases(self) -> dict[str, Any]:
+        """Return the place in the schedules, the penalty's weight among them."""
+        return super().phases() | {"pet_weight": self._weight()}
 
     def _over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 
 from so8t_torch.adapter import load_adapter
 from so8t_torch.core.errors import ConfigError, SO8TError, TrainingError
+from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train.environment import environment, git_state
 from so8t_torch.train.folder import append_json, read_metrics
 from so8t_torch.train.run import evaluate_run, run_training
-from so8t_torch.train.trainer import SO8TTrainer
 
 
 def events(folder):
@@ -222,28 +222,37 @@ def test_an_unfinished_checkpoint_is_passed_over(settings, tmp_path):
     assert resumed["checkpoint"].endswith("checkpoint-4")
 
 
-@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "_save_rng_state", "trainer_state.json"])
+PLACES = {
+    "before the weights": (checkpoint_state, "write_model"),
+    "before the optimiser": (checkpoint_state, "write_packed"),
+    "before the seal": (checkpoints, "write_bytes"),
+    "before the name": (Path, "rename"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(settings, tmp_path, monkeypatch, place):
     sections = {"training": {"max_steps": 6}, "checkpoint": {"every_steps": 2}}
     whole = run_training(settings(output_dir=str(tmp_path / "whole"), **sections))
-    owner, name = (TrainerState, "save_to_json") if place.endswith("json") else (SO8TTrainer, place)
+    owner, name = PLACES[place]
     real = getattr(owner, name)
 
-    def killed(self, target):
-        if "checkpoint-4" not in target:
-            return real(self, target)
-        if place.endswith("json"):
-            Path(target).write_text('{"global_step": 4, "log_hist')
-        raise KeyboardInterrupt
+    def killed(*arguments, **options):
+        if any("checkpoint-4.tmp-" in str(argument) for argument in arguments):
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
         with pytest.raises(KeyboardInterrupt):
             run_training(settings(**sections))
-    assert (tmp_path / "run/checkpoints/checkpoint-4").is_dir()
+    folder = tmp_path / "run/checkpoints"
+    assert not (folder / "checkpoint-4").exists()
+    assert list(folder.glob("checkpoint-4.tmp-*"))
     resumed = run_training(settings(**sections), resume="auto")
     told = next(e for e in events(tmp_path / "run") if e["event"] == "resume")
     assert told["checkpoint"].endswith("checkpoint-2")
+    assert not list(folder.glob("*.tmp-*"))
     left, right = (load_file(run.directory / "adapter/adapter_model.safetensors") for run in (whole, resumed))
     assert all(torch.equal(left[key], right[key]) for key in left)
 

@@ -51,10 +51,6 @@ CONTRADICTIONS = {
     "phases out of order": ({"penalty": {"boundaries": [0.6, 0.2]}}, "penalty.boundaries"),
     "negative weight": ({"penalty": {"weights": [0.1, -1, 0]}}, "penalty.weights"),
     "evaluation without data": ({"evaluation": {"every_steps": 5}}, "evaluation needs held-out data"),
-    "checkpoint between logs": (
-        {"checkpoint": {"every_steps": 15}, "recording": {"every_steps": 10}},
-        "must be a multiple of recording.every_steps",
-    ),
 }
 
 
