@@ -98,12 +98,13 @@ class Store:
         return None
 
     def prepare(self) -> None:
-        """Make the folder; the first time, remove what a killed process left half written."""
+        """Make the folder; the first time, remove what a killed process left half written and look what is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._ready:
             for path in self.folder.iterdir():
                 if WAITING.fullmatch(path.name):
                     _remove_if_abandoned(path)
+            self.files()
             self._ready = True
 
     def write(self, record: LogitsRecord) -> Path:
