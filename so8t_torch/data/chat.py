@@ -88,8 +88,9 @@ def marked_template(template: str | None) -> str:
     if _MARK.search(template):
         return template
     marked, count = _PHI3_ANSWER.subn(
-        lambda m: "{{'" + m["open"] + "'}}{% generation %}{{message['content'] + '" + m["close"] + "'}}"
-        "{% endgeneration %}",
+        lambda m: (
+            "{{'" + m["open"] + "'}}{% generation %}{{message['content'] + '" + m["close"] + "'}}{% endgeneration %}"
+        ),
         template,
     )
     if count != 1:

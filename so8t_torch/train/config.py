@@ -146,6 +146,35 @@ class CheckpointSection(Section):
     keep_best: bool = True
 
 
+class RecoverySection(Section):
+    """When a step counts as faulty and how the recovery ladder answers (see ``train/ladder.py``); counts are steps.
+
+    A loss is a spike over median + max(``spike_mads`` MAD, ``spike_floor`` nats) of the last ``window`` steps, once
+    there were ``history`` of them; ``divergence_steps`` losses in a row over ``divergence_ratio`` averages (plus the
+    floor) roll back, ``rollback_distance`` steps at least. More than ``recoveries`` in ``recovery_window`` steps stop
+    the run with exit code 75; 0 stops at the first fault. ``reinitialise`` allows resetting a layer, which is meant
+    for models trained from scratch.
+    """
+
+    window: Positive = 200
+    history: Positive = 20
+    spike_mads: Annotated[float, Field(gt=0)] = 6.0
+    spike_floor: Annotated[float, Field(gt=0)] = 1.0
+    divergence_ratio: Annotated[float, Field(gt=1)] = 3.0
+    divergence_steps: Positive = 10
+    clip_quantile: Annotated[float, Field(gt=0, le=1)] = 0.9
+    skip_window: Positive = 20
+    skips: Positive = 2
+    probation: Positive = 100
+    cool_steps: Positive = 100
+    cool_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    cool_floor: Annotated[float, Field(gt=0, le=1)] = 1 / 16
+    rollback_distance: Annotated[int, Field(ge=0)] = 100
+    recoveries: Annotated[int, Field(ge=0)] = 5
+    recovery_window: Positive = 1000
+    reinitialise: bool = False
+
+
 class EvaluationSection(Section):
     """Held-out language-model loss every ``every_steps`` (and before and after), and triage decisions at the end."""
 
@@ -170,6 +199,7 @@ class TrainConfig(Section):
     recording: RecordingSection = RecordingSection()
     logits: LogitsSection = LogitsSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
@@ -196,6 +226,8 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"penalty.boundaries must be two shares of the run in order, got {config.penalty.boundaries}."
     if min(config.penalty.weights) < 0:
         yield f"penalty.weights must not be negative, got {config.penalty.weights}."
+    if config.recovery.reinitialise and config.base.kind == "pretrained":
+        yield "recovery.reinitialise is for models trained from scratch, but base.kind is pretrained."
     held_out = config.data.eval is not None or config.data.scenarios is not None
     if (config.evaluation.every_steps or config.evaluation.triage) and not held_out:
         yield "evaluation needs held-out data: give data.eval or data.scenarios."

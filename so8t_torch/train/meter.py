@@ -37,6 +37,16 @@ class LossMeter:
         self._sums.zero_()
         self._steps: set[int] = set()
         self._started = self._clock()
+        self.mark()
+
+    def mark(self) -> None:
+        """Remember the sums as they are now, at the beginning of an optimiser step."""
+        self._marked, self._marked_steps = self._sums.clone(), set(self._steps)
+
+    def undo(self) -> None:
+        """Take back what was added since the mark: the step did not train."""
+        self._sums.copy_(self._marked)
+        self._steps = set(self._marked_steps)
 
     def state(self) -> dict[str, Any]:
         """Return the sums since the last reset; the time is not among them."""

@@ -162,5 +162,3 @@ def _widest(config: TrainConfig, model: PeftModel) -> int:
         return 0
     linear = (m for m in model.get_base_model().get_decoder().modules() if isinstance(m, torch.nn.Linear))
     return max(m.weight.numel() * m.weight.element_size() for m in linear)
-
-

@@ -26,14 +26,17 @@ from so8t_torch.core.config import load_config
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.data.records import Record, read_records
 from so8t_torch.train import building
-from so8t_torch.train.callbacks import GradientGuard, QuietProgress, Recorder
+from so8t_torch.train.callbacks import QuietProgress, Recorder
 from so8t_torch.train.checkpointed import Keeping
 from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.curves import draw_curves
 from so8t_torch.train.dry_run import describe, trainable_groups
 from so8t_torch.train.environment import PACKAGES, environment, version
 from so8t_torch.train.folder import RunFolder, Start, config_hash, write_json
+from so8t_torch.train.guard import Guard
+from so8t_torch.train.ladder import Sink
 from so8t_torch.train.logits import LogitsRecorder
+from so8t_torch.train.out_of_memory import fitting
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import adapter_state, is_sharded
 from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
@@ -45,6 +48,10 @@ if TYPE_CHECKING:
 
 INSTABILITY = 100
 """Steps after which a fault shows at the latest; one calm checkpoint older than that is always kept."""
+
+
+POST_MORTEM = "post_mortem.json"
+"""What the recovery ladder leaves when it gives up."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,8 @@ def run_training(
         ConfigError: the run folder is not empty, or there is nothing to resume.
         CheckpointError: what there is to resume is damaged, or a checkpoint cannot be written.
         Interrupted: by SIGINT or SIGTERM, after a whole step and with a checkpoint.
-        TrainingError: nothing to train, no gradient, or a non-finite loss, with the step.
+        TrainingError: nothing to train, or no gradient, with the step.
+        TrainingStopped: the recovery ladder gave up; ``post_mortem.json`` says why.
     """
     torch.set_num_threads(building.thread_count(config))
     if dry_run:
@@ -227,9 +235,11 @@ def _trainer(
         job.collator,
         config.training,
         config.penalty,
-        [GradientGuard(), Recorder(folder), *callbacks],
+        [Recorder(folder), *callbacks],
         keeping(config),
+        Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
     )
+    trainer.relief.what_fits = lambda: fitting(config, torch.cuda.get_device_properties(0).total_memory)
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     if config.logits.save_logits:
@@ -243,6 +253,18 @@ def _trainer(
         board.logging_dir = str(folder.tensorboard)
         trainer.add_callback(board)
     return trainer
+
+
+def _recorded(folder: RunFolder) -> Sink:
+    """Return what writes the ladder's transitions to ``events.jsonl`` and its last words to ``post_mortem.json``."""
+
+    def record(row: dict[str, Any]) -> None:
+        if row["transition"] == "post-mortem":
+            write_json(folder.path / POST_MORTEM, row)
+            row = {name: row[name] for name in ("transition", "step", "reason", "cause", "layer", "detail")}
+        folder.event("recovery", **row)
+
+    return record
 
 
 def keeping(config: TrainConfig) -> Keeping:
@@ -308,4 +330,3 @@ def _evaluation_records(config: TrainConfig, data: str | Path | None) -> list[Re
     if not held_out:
         raise ConfigError("The run has no held-out data of its own; name a labelled file with --data.")
     return held_out
-

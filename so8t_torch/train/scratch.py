@@ -225,9 +225,7 @@ def _teach(model: Phi3ForCausalLM, section: ScratchBase, rows: list[Row], stream
                 lines.write(json.dumps(row) + "\n")
 
 
-def _batches(
-    section: ScratchBase, rows: list[Row], stream: Tensor
-) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+def _batches(section: ScratchBase, rows: list[Row], stream: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     source = random.Random(f"batches {section.seed}")
     for _ in range(section.steps):
         exercise = _batch(source.choices(rows, k=section.batch_size))

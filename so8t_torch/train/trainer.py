@@ -10,6 +10,7 @@ loss cannot train anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,15 +21,20 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from so8t_torch.adapter import gate_summary, so8t_param_groups
+from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
 from so8t_torch.train.checkpointed import CheckpointedTrainer, Keeping
 from so8t_torch.train.config import PenaltySection, TrainingSection
+from so8t_torch.train.guard import Guard
 from so8t_torch.train.loss import LossAtHead, Watch, row_sums
+from so8t_torch.train.manifest import Health
 from so8t_torch.train.meter import LossMeter, perplexity
+from so8t_torch.train.out_of_memory import MemoryRelief, split
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
 
 LAST_STATES = -1
@@ -50,6 +56,7 @@ class SO8TTrainer(CheckpointedTrainer):
         penalty: settings of PET.
         callbacks: further callbacks.
         keeping: how checkpoints are marked, and how many stay.
+        guard: watches the steps and recovers from their faults.
     """
 
     optimizer: Any
@@ -65,8 +72,12 @@ class SO8TTrainer(CheckpointedTrainer):
         penalty: PenaltySection,
         callbacks: Sequence[TrainerCallback] = (),
         keeping: Keeping | None = None,
+        guard: Guard | None = None,
     ) -> None:
         check_trainable(model)
+        self.guard = guard or Guard()
+        self.guard.remember_start(model)
+        self.guard.on_drop, self.guard.samples, self.guard.go_back = self._take_back, self._samples, self._go_back
         super().__init__(
             model,
             args,
@@ -75,8 +86,9 @@ class SO8TTrainer(CheckpointedTrainer):
             eval_dataset=held_out or None,
             data_collator=collator,
             compute_metrics=_held_out_metrics,
-            callbacks=list(callbacks),
+            callbacks=[self.guard, *callbacks],
         )
+        self.extras.append(self.guard)
         if self.args.n_gpu > 1:
             raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
         prepare_sharding(self.accelerator, model, training.optimiser)
@@ -93,6 +105,10 @@ class SO8TTrainer(CheckpointedTrainer):
         self._settings: dict[str, float] = {}
         self.watch: Callable[[TrainerState], Watch | None] = lambda _: None
         """Who sees the logits of a step's last micro-batch; asked before each."""
+        self._kept: tuple[Tensor, dict[str, float]] | None = None
+        self._micro_batches: list[Any] = []
+        self._taken = 0
+        self.relief = MemoryRelief(model, self.guard.ladder.record, alone=self.args.world_size == 1)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
@@ -129,10 +145,41 @@ class SO8TTrainer(CheckpointedTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of one optimiser step and its number of supervised tokens; count its triples."""
         samples, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.guard.begin(self.state.global_step + 1)
+        self._meter.mark()
+        self._micro_batches, self._taken = samples, 0
+        self._kept = (self._tr_loss.clone(), self._settings)
         if self._penalty.enabled and samples:
             count = torch.stack([triples(batch["attention_mask"]) for batch in samples]).sum()
             self._triples = self._over_processes(count.to(device))
         return samples, tokens
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Take a micro-batch; where memory runs out, try on the live model what may help, and take it again.
+
+        Raises:
+            VRAMExhaustedError: nothing helped.
+        """
+        self._taken += 1
+        todo = [inputs]
+        while True:
+            try:
+                return [self._in_parts(model, each, num_items_in_batch) for each in todo][-1]
+            except torch.OutOfMemoryError as error:
+                said = str(error)
+            self.relief.next(self.state.global_step + 1, len(inputs["input_ids"]), said)
+            todo = self._micro_batches[: self._taken]
+            model.zero_grad()
+            self._meter.undo()
+            self.guard.begin(self.state.global_step + 1)
+            self._step_loss = (-1, None)
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | int | None) -> Tensor:
+        """Return a micro-batch's loss, summed over the parts in which it is taken."""
+        parts = [inputs] if self.relief.parts == 1 else split(inputs, self.relief.parts)
+        return torch.stack([super(SO8TTrainer, self).training_step(model, part, tokens) for part in parts]).sum()
 
     def compute_loss(
         self,
@@ -144,7 +191,7 @@ class SO8TTrainer(CheckpointedTrainer):
         """Return this micro-batch's part of the step's loss.
 
         Raises:
-            TrainingError: the loss is not finite, or nothing trainable reaches it; the step is named.
+            TrainingError: nothing trainable reaches the loss; the step is named.
         """
         del return_outputs
         nll, mask, streams = self._forward(model, inputs)
@@ -157,7 +204,8 @@ class SO8TTrainer(CheckpointedTrainer):
         if streams:
             pet = penalty(streams, mask, self._triples, huber_delta=self._penalty.huber_delta)
         loss = (language + weight * pet) * self.accelerator.num_processes
-        self._check(loss, language, pet)
+        self._check(loss, pet)
+        self.guard.examination.saw_loss(language, loss / self.accelerator.num_processes)
         self._meter.add(self.state.global_step, nll.sum(), nll.numel(), mask.sum(), pet, weight)
         return loss
 
@@ -184,17 +232,44 @@ class SO8TTrainer(CheckpointedTrainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         return schedule_weight(progress, boundaries=self._penalty.boundaries, weights=self._penalty.weights)
 
-    def _check(self, loss: Tensor, language: Tensor, pet: Tensor) -> None:
-        where = f"Step {self.state.global_step + 1}"
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"{where}: the loss is not finite (language model {language.item()}, penalty {pet.item()}). The "
-                "weights are those of the step before; lower training.lr or gate_lr, or look at this step's data."
-            )
+    def _check(self, loss: Tensor, pet: Tensor) -> None:
         needed = {"the loss": loss, "the penalty": pet} if self._penalty.enabled else {"the loss": loss}
         for name, value in needed.items():
             if not value.requires_grad:
+                where = f"Step {self.state.global_step + 1}"
                 raise TrainingError(f"{where}: {name} has no gradient; nothing trainable lies before it.")
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip as the library does, to a tighter bound while the ladder clips; show the guard what was there."""
+        self.guard.examination.saw_gradients(self.state.global_step + 1)
+        usual = self.args.max_grad_norm
+        self.args.max_grad_norm = self.guard.norm_bound(usual)
+        try:
+            norm = super()._clip_grad_norm(model)
+        finally:
+            self.args.max_grad_norm = usual
+        self.guard.examination.saw_norm(whole(norm))
+        return norm
+
+    def unhealthy(self, health: Health) -> None:
+        """Let the ladder answer a state that must not be written."""
+        self.guard.check_state(self.optimizer.optimizer)
+        super().unhealthy(health)
+
+    def _go_back(self, reason: str, steps_back: int) -> RollbackRequested | None:
+        return self.rollback(reason, steps_back=steps_back)
+
+    def _samples(self, step: int) -> list[int]:
+        """Return the span of the stream that a step reads."""
+        assert self.stream is not None, "a run has samples"
+        return list(self.stream.span(self.consumption.after(step - 1), self.consumption.after(step)))
+
+    def _take_back(self) -> None:
+        """Take the dropped step's losses out of what is logged."""
+        if self._kept is not None:
+            self._tr_loss.copy_(self._kept[0])
+            self._settings = self._kept[1]
+        self._meter.undo()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -208,10 +283,18 @@ class SO8TTrainer(CheckpointedTrainer):
         return None, sums, sums[:, 1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms, the learning rate of each group and the gates' geometry to a training log entry."""
+        """Add the loss terms, the learning rate of each group and the gates' geometry to a training log entry.
+
+        Steps that the ladder dropped count in none of them; an interval without any other has no entry.
+        """
         if "loss" in logs:
-            logs["loss/total"] = logs.pop("loss")
+            kept, dropped = self.guard.counted()
+            if not kept:
+                return
+            logs["loss/total"] = logs.pop("loss") * ((kept + dropped) / kept if dropped else 1)
             logs.pop("learning_rate", None)
+            if not math.isfinite(logs.get("grad_norm", 0)):
+                del logs["grad_norm"]
             logs |= self._meter.read(self._over_processes)
             logs |= self._settings
             logs |= geometry(self.model)

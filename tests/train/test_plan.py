@@ -187,7 +187,11 @@ def test_gates_keep_32_bit_moments_under_an_8_bit_optimiser():
     """A gate of the real width has more numbers than the size below which every state is 32-bit anyway."""
     optim = pytest.importorskip("bitsandbytes.optim")
     config = Phi3Config(
-        vocab_size=64, hidden_size=1184, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=64,
+        hidden_size=1184,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
         pad_token_id=0,
     )
     lora = {"r": 4, "lora_target_modules": ["qkv_proj"]}

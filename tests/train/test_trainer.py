@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from so8t_torch.core.errors import DataError, TrainingError
 from so8t_torch.train import building
-from so8t_torch.train.callbacks import GradientGuard
+from so8t_torch.train.guard import Guard, TrainingStopped
 from so8t_torch.train.penalty import ResidualTap, gated_layers
 from so8t_torch.train.sharding import prepare_sharding
 from so8t_torch.train.trainer import SO8TTrainer, check_groups, check_trainable, decoder_and_head
@@ -31,14 +31,13 @@ class Gradients(TrainerCallback):
             self.found = {n: p.grad.clone() for n, p in named}
 
 
-def job_and_trainer(config, tmp_path, *callbacks, mutate=None):
+def job_and_trainer(config, tmp_path, *callbacks, mutate=None, guard=None):
     job = building.build(config)
     if mutate:
         mutate(job.model)
     arguments = building.training_arguments(config, tmp_path / "checkpoints")
-    trainer = SO8TTrainer(
-        job.model, arguments, job.rows, job.held_out, job.collator, config.training, config.penalty, callbacks
-    )
+    sections = (config.training, config.penalty)
+    trainer = SO8TTrainer(job.model, arguments, job.rows, job.held_out, job.collator, *sections, callbacks, guard=guard)
     return job, trainer
 
 
@@ -220,7 +219,7 @@ def test_routing_without_labels_names_the_row(settings, tmp_path):
         building.build(settings(data={"train": str(path)}, adapter={"train_gates": "routed"}))
 
 
-def test_a_non_finite_loss_stops_at_its_step_and_moves_nothing(settings, tmp_path):
+def test_a_broken_frozen_weight_stops_at_its_step_and_moves_nothing(settings, tmp_path):
     class Poison(TrainerCallback):
         def on_step_begin(self, _args, state, _control, model=None, **_):
             if state.global_step == 2:
@@ -230,29 +229,42 @@ def test_a_non_finite_loss_stops_at_its_step_and_moves_nothing(settings, tmp_pat
 
     poison = Poison()
     job, trainer = job_and_trainer(settings(), tmp_path, poison)
-    with pytest.raises(TrainingError, match=r"^Step 3: the loss is not finite"):
+    with pytest.raises(TrainingStopped, match=r"^Step 3: frozen weight: .*norm.weight is not finite"):
         trainer.train()
     after = {n: p for n, p in job.model.named_parameters() if p.requires_grad}
     assert all(torch.equal(after[n], poison.before[n]) for n in after)
 
 
-def test_a_non_finite_gradient_stops_before_the_optimiser(settings, tmp_path):
-    class Poison(TrainerCallback):
-        def on_pre_optimizer_step(self, *_, model=None, **__):
-            self.name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
-            parameter.grad.view(-1)[0] = float("inf")
+def test_a_non_finite_gradient_never_reaches_the_optimiser(settings, tmp_path):
+    """Put in after everything else has looked at the gradients, in the first of four steps."""
 
-    poison = Poison()
-    _, trainer = job_and_trainer(settings(), tmp_path, poison, GradientGuard())
-    with pytest.raises(TrainingError, match=r"^Step 1: the gradient is not finite in 1 parameters"):
-        trainer.train()
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, _args, state, _control, model=None, **_):
+            self.name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+            if state.global_step == 0:
+                parameter.grad.view(-1)[0] = float("inf")
+                self.before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+        def on_optimizer_step(self, _args, state, _control, model=None, **_):
+            if state.global_step == 0:
+                self.moved = [
+                    n for n, p in model.named_parameters() if n in self.before and (p != self.before[n]).any()
+                ]
+
+    poison, rows = Poison(), []
+    _, trainer = job_and_trainer(settings(), tmp_path, poison, guard=Guard(record=rows.append))
+    trainer.train()
+    assert poison.moved == []
+    assert [(row["step"], row["cause"], row["stage"]) for row in rows] == [(1, "gradient", "skip")]
+    assert rows[0]["layer"] in poison.name
+    assert [row["step"] for row in trainer.state.log_history if "loss/total" in row] == [2, 3, 4]
 
 
 def test_a_parameter_that_no_loss_reaches_is_named(settings, tmp_path):
     def add(model):
         model.get_base_model().model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
 
-    _, trainer = job_and_trainer(settings(), tmp_path, GradientGuard(), mutate=add)
+    _, trainer = job_and_trainer(settings(), tmp_path, mutate=add)
     with pytest.raises(TrainingError, match=r"1 trainable parameters got no gradient.*idle"):
         trainer.train()
 

@@ -208,8 +208,7 @@ def _check(
         fits(op, "an initial state", initial, (*batch, *state), "give a matrix (K, V) per head")
         if tuple(initial.shape[-3:]) != state:
             raise ShapeError(
-                f"hebbian.{op}: expected an initial state of shape {(*batch, *state)}, "
-                f"got {tuple(initial.shape)}."
+                f"hebbian.{op}: expected an initial state of shape {(*batch, *state)}, got {tuple(initial.shape)}."
             )
     if segment_ids is None:
         return

@@ -59,9 +59,7 @@ def gradient(grad: Tensor, h: Tensor, valid: Tensor, delta: float) -> Tensor:
     return _spread(_clip(_bend(h, valid), delta), grad, h)
 
 
-def second_gradient(
-    grad: Tensor, h: Tensor, valid: Tensor, delta: float, direction: Tensor
-) -> tuple[Tensor, Tensor]:
+def second_gradient(grad: Tensor, h: Tensor, valid: Tensor, delta: float, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Return the derivatives of ⟨direction, gradient(grad, h)⟩ with respect to grad and h."""
     bend, turned = _bend(h, valid), _bend(direction, valid)
     along = 2 * (_clip(bend, delta) * turned).sum(-1).sum(-1, dtype=torch.float64)
