@@ -40,6 +40,7 @@ from so8t_torch.train.out_of_memory import fitting
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import adapter_state, is_sharded
 from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
+from so8t_torch.train.table import write_table
 from so8t_torch.train.trainer import SO8TTrainer
 
 if TYPE_CHECKING:
@@ -292,7 +293,8 @@ def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None
         write_json(folder.evaluation / "language_model.json", losses)
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
-    draw_curves(folder.metrics, folder.curves)
+    write_table(folder.metrics, folder.table)
+    draw_curves(folder.metrics, folder.curves, folder.events)
     folder.event("finish", steps=result.steps, seconds=round(result.seconds, 3), trainable=result.trainable)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from so8t_torch.train.config import LogitsSection
 from so8t_torch.train.folder import RunFolder
+from so8t_torch.train.journal import on_terminal
 from so8t_torch.train.logits.capture import Capture
 from so8t_torch.train.logits.store import Store
 from so8t_torch.train.logits.writer import Note, Writer
@@ -24,10 +24,6 @@ PATIENCE = 60.0
 """Seconds that the end of a run waits for files still being written."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def _on_terminal(text: str) -> None:
-    Console(stderr=True).print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 class LogitsRecorder(TrainerCallback):
@@ -39,7 +35,7 @@ class LogitsRecorder(TrainerCallback):
         tell: prints one line for the user.
     """
 
-    def __init__(self, section: LogitsSection, folder: RunFolder, tell: Callable[[str], None] = _on_terminal) -> None:
+    def __init__(self, section: LogitsSection, folder: RunFolder, tell: Callable[[str], None] = on_terminal) -> None:
         self._section, self._folder, self._tell = section, folder, tell
         self._capture: Capture | None = None
         self._writer: Writer | None = None
