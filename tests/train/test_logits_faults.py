@@ -27,7 +27,6 @@ from tests.faults.logits_killed import STEPS, kill_at
 def test_a_broken_disk_damages_nothing_and_saving_goes_on_when_it_is_mended(tmp_path, fault, form):
     folder = tmp_path / "logits"
     assert suffer(folder, form, fault) == []
-    assert fault.met or fault.call == "mkdir"
 
 
 def test_a_process_killed_at_any_call_leaves_whole_files_only(tmp_path):
