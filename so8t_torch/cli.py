@@ -1,7 +1,7 @@
 """The ``so8t`` command: each sub-command reads its arguments, calls one function of the library and prints.
 
-The groups ``eval``, ``data``, ``audit`` and ``export`` are the command's vocabulary; a group appears in the help
-as soon as it has its first command.
+The groups ``eval``, ``data``, ``audit``, ``export`` and ``logits`` are the command's vocabulary; a group appears in
+the help as soon as it has its first command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.text import Text
 from so8t_torch.core.config import dump_config, load_config
 from so8t_torch.core.errors import SO8TError
 
-GROUPS = ("eval", "data", "audit", "export")
+GROUPS = ("eval", "data", "audit", "export", "logits")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +37,13 @@ evaluation = typer.Typer(
     epilog="Example: [bold]so8t eval triage runs/quickstart/lora_gates[/bold]",
 )
 app.add_typer(evaluation, name="eval")
+saved_logits = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Look at logits that a run has saved.",
+    epilog="Example: [bold]so8t logits show runs/quickstart/lora_gates[/bold]",
+)
+app.add_typer(saved_logits, name="logits")
 
 Overrides = Annotated[
     list[str] | None,
@@ -201,6 +208,29 @@ def triage(
     from so8t_torch.train.run import evaluate_run
 
     Console().print(evaluate_run(run, data=data).table())
+
+
+Saved = Annotated[Path, typer.Argument(help="A file of saved logits, a folder of them, or a run folder.")]
+Plot = Annotated[Path | None, typer.Option(help="PNG to write: entropy, tokens most often predicted, calibration.")]
+Spelling = Annotated[Path | None, typer.Option(help="Folder with the tokenizer that spells the tokens.")]
+
+
+@saved_logits.command(epilog="Example: [bold]so8t logits show RUN --plot logits.png --tokenizer BASE[/bold]")
+def show(path: Saved, plot: Plot = None, tokenizer: Spelling = None) -> None:
+    """Print loss, entropy, accuracy and calibration of saved logits, and the tokens most often predicted."""
+    from so8t_torch.train.logits.reports import show as tables
+
+    for table in tables(path, plot=plot, tokenizer=tokenizer):
+        Console().print(table)
+
+
+@saved_logits.command(epilog="Example: [bold]so8t logits compare RUN_A RUN_B --plot logits.png[/bold]")
+def compare(first: Saved, second: Saved, plot: Plot = None, tokenizer: Spelling = None) -> None:
+    """Compare saved logits step by step; on the same tokens also how far the predictions moved."""
+    from so8t_torch.train.logits.reports import compare as tables
+
+    for table in tables(first, second, plot=plot, tokenizer=tokenizer):
+        Console().print(table)
 
 
 def main() -> None:

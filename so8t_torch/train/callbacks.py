@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from so8t_torch.train.folder import RunFolder, append_json
+from so8t_torch.train.folder import RunFolder
+from so8t_torch.train.journal import Journal
+from so8t_torch.train.table import write_table
 
 _EVALUATION = re.compile(r"^eval_")
 
 
 class Recorder(TrainerCallback):
-    """Writes each log entry to ``metrics.jsonl`` and each checkpoint to ``events.jsonl``; process 0 only."""
+    """Writes each log entry to ``metrics.jsonl`` and each checkpoint to ``events.jsonl``; process 0 only.
+
+    Entries that the disk refuses wait in memory: measuring never ends a run.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
+        self._metrics = Journal(folder.metrics)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Append one entry; ``kind`` is train, eval or summary."""
+        """Append one entry with the time in seconds since 1970; ``kind`` is train, eval or summary."""
         del args, control, kwargs
         if state.is_world_process_zero and logs:
-            append_json(self._folder.metrics, entry(state.global_step, logs))
+            self._metrics.add(entry(state.global_step, logs) | {"time": round(time.time(), 3)})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the checkpoint, if there is one: a state that is not finite is not written."""
@@ -34,6 +42,8 @@ class Recorder(TrainerCallback):
         path = Path("checkpoints") / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (self._folder.path / path).is_dir():
             self._folder.event("checkpoint", step=state.global_step, path=path.as_posix())
+            with contextlib.suppress(OSError):  # made again at the end, where a disk that refuses it is an error
+                write_table(self._folder.metrics, self._folder.table)
 
 
 def entry(step: int, logs: dict[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,25 @@ class RecordingSection(Section):
     progress: bool = True
 
 
+class LogitsSection(Section):
+    """Logits of every ``save_logits_steps``-th optimiser step, at the supervised tokens of its last micro-batch.
+
+    ``save_logits_dir`` is taken from the run folder. Mode ``topk`` keeps the ``save_logits_top_k`` largest of each
+    position with the log-sum-exp of all. The oldest files beyond ``save_logits_max_files`` or ``save_logits_max_mb``
+    (MiB) are removed. ``float16`` holds logits up to 65504.
+    """
+
+    save_logits: bool = False
+    save_logits_steps: Positive = 100
+    save_logits_dir: Path = Path("logits")
+    save_logits_max_files: Positive = 10
+    save_logits_max_mb: Annotated[float, Field(gt=0)] = 1024.0
+    save_logits_mode: Literal["topk", "full"] = "topk"
+    save_logits_top_k: Positive = 64
+    save_logits_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    save_logits_format: Literal["safetensors", "pt"] = "safetensors"
+
+
 class CheckpointSection(Section):
     """How often a checkpoint is written and how many are kept.
 
@@ -178,6 +197,7 @@ class TrainConfig(Section):
     penalty: PenaltySection = PenaltySection()
     training: TrainingSection = TrainingSection()
     recording: RecordingSection = RecordingSection()
+    logits: LogitsSection = LogitsSection()
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()
     evaluation: EvaluationSection = EvaluationSection()

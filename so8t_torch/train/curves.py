@@ -1,14 +1,17 @@
-"""``curves.png``: what a run did, drawn from ``metrics.jsonl`` alone."""
+"""``curves.png``: what a run did, drawn from ``metrics.jsonl``, with what befell it, from ``events.jsonl``."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from so8t_torch.data.records import parse_json_object
 from so8t_torch.train.folder import read_metrics
 
 Rows = list[dict[str, Any]]
@@ -16,30 +19,80 @@ Rows = list[dict[str, Any]]
 TRAIN, HELD_OUT, THIRD = "#1f5a99", "#c8501e", "#4b8b3b"
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw losses, penalty, gate angles, commutator, learning rates and throughput against the optimiser step.
+MARKS = {
+    "skip": "#999999",
+    "clip": "#b8860b",
+    "cool": "#1b9e9e",
+    "rollback": "#8e44ad",
+    "reinitialise": "#d02090",
+    "out of memory": "#7f5539",
+    "stop": "#b00020",
+    "resume": "#222222",
+}
+"""Colour of each kind of event."""
+
+
+def draw_curves(metrics: Path, picture: Path, events: Path | None = None) -> None:
+    """Draw losses, penalty, gradient norm, gate geometry, learning rates and throughput against the optimiser step.
 
     Args:
         metrics: ``metrics.jsonl`` of a run.
         picture: PNG to write.
+        events: ``events.jsonl`` of the run; recoveries and resumes are marked in every panel.
     """
     rows = read_metrics(metrics)
     train = [row for row in rows if row["kind"] == "train"]
     held_out = [row for row in rows if row["kind"] == "eval"]
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    marks = [] if events is None else list(dict.fromkeys(read_marks(events)))
+    figure = Figure(figsize=(17, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(2, 4)
     _language_model(axes[0, 0], train, held_out)
     _penalty(axes[0, 1], train)
-    _angles(axes[0, 2], train)
-    _commutator(axes[1, 0], train)
-    _rates(axes[1, 1], train)
-    _throughput(axes[1, 2], train)
+    _gradient(axes[0, 2], train)
+    _rates(axes[0, 3], train)
+    _angles(axes[1, 0], train)
+    _commutator(axes[1, 1], train)
+    _orthogonality(axes[1, 2], train)
+    _throughput(axes[1, 3], train)
     for axis in axes.flat:
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.25)
+        for step, kind in marks:
+            axis.axvline(step, color=MARKS[kind], linewidth=0.9, linestyle=(0, (4, 2)), alpha=0.8, zorder=0.5)
+    if marks:
+        _mark_legend(figure, marks)
     figure.suptitle(f"{metrics.parent.name}: {train[-1]['step'] if train else 0} steps")
     figure.savefig(picture, dpi=110)
+
+
+def read_marks(events: Path) -> list[tuple[int, str]]:
+    """Return step and kind of each recovery and resume, in the order in which they happened.
+
+    Args:
+        events: ``events.jsonl`` of a run; other events, and kinds without a colour, are passed over.
+    """
+    lines = events.read_text(encoding="utf-8").splitlines()
+    rows = [parse_json_object(line, f"{events}:{number}") for number, line in enumerate(lines, 1)]
+    return [mark for row in rows if (mark := _mark(row)) is not None]
+
+
+def _mark(row: dict[str, Any]) -> tuple[int, str] | None:
+    if row["event"] == "resume" and row.get("checkpoint"):
+        return int(str(row["checkpoint"]).rpartition("-")[2]), "resume"
+    if row["event"] == "rollback":
+        return row["step"], "rollback"
+    if row["event"] == "recovery":
+        kind = row.get("stage") if row["transition"] == "fault" else row["transition"]
+        kind = "stop" if kind == "post-mortem" else kind
+        return (row["step"], kind) if kind in MARKS else None
+    return None
+
+
+def _mark_legend(figure: Figure, marks: list[tuple[int, str]]) -> None:
+    counts = Counter(kind for _, kind in marks)
+    lines = [Line2D([], [], color=MARKS[kind], linestyle="--", label=f"{kind} × {counts[kind]}") for kind in counts]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9, frameon=False)
 
 
 def _line(axis: Axes, rows: Rows, name: str, label: str, **style: Any) -> None:
@@ -98,6 +151,19 @@ def _rates(axis: Axes, train: Rows) -> None:
     for name, color in zip(names, (TRAIN, HELD_OUT, THIRD), strict=False):
         _line(axis, train, name, name.removeprefix("lr/"), color=color)
     _legend(axis, "learning rate", "")
+
+
+def _gradient(axis: Axes, train: Rows) -> None:
+    _line(axis, train, "grad_norm", "before clipping", color=TRAIN)
+    if any(row.get("grad_norm", 0) > 0 for row in train):
+        axis.set_yscale("log")
+    _legend(axis, "gradient norm", "Euclidean norm")
+
+
+def _orthogonality(axis: Axes, train: Rows) -> None:
+    _line(axis, train, "gate/orthogonality_error", "largest of all gates", color=TRAIN)
+    _legend(axis, "orthogonality error of the gates", "max |RᵀR − I|")
+    axis.set_ylim(bottom=0)
 
 
 def _throughput(axis: Axes, train: Rows) -> None:

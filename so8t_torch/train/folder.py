@@ -1,6 +1,6 @@
 """The run folder: where each file of a run lies, how a run begins in it, and how one goes on.
 
-    RUN/config.yaml environment.json metrics.jsonl events.jsonl curves.png
+    RUN/config.yaml environment.json metrics.jsonl metrics.csv events.jsonl curves.png
     RUN/tensorboard/ checkpoints/checkpoint-N/ adapter/ logits/ eval/ and, after a roll-back, recovery.json
 
 Both JSONL files are only ever appended to; a line that a dying process left half written is cut off on resume. The
@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from so8t_torch.core.config import dump_config, load_config
-from so8t_torch.core.errors import CheckpointError, ConfigError, TrainingError
+from so8t_torch.core.errors import CheckpointError, ConfigError
 from so8t_torch.data.records import parse_json_object
 from so8t_torch.train import checkpoints
 from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.journal import append_whole, json_line
 from so8t_torch.train.manifest import write_bytes
 from so8t_torch.train.rollback import FILE, Recovery, read_recovery
 
-FREE_ON_RESUME = ("output_dir", "threads", "card", "recording", "checkpoint", "evaluation")
+FREE_ON_RESUME = ("output_dir", "threads", "card", "recording", "logits", "checkpoint", "evaluation")
 """Settings that a resumed run may change; every other one would make it a different run."""
 
 
@@ -50,6 +51,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
+        self.table = path / "metrics.csv"
         self.events = path / "events.jsonl"
         self.curves = path / "curves.png"
         self.tensorboard = path / "tensorboard"
@@ -169,17 +171,13 @@ def cut_off_half_a_line(path: Path) -> None:
 
 
 def append_json(path: Path, row: dict[str, Any]) -> None:
-    """Append one line of JSON.
+    """Append one line of JSON, whole or not at all.
 
     Raises:
         TrainingError: a number is not finite; such a number is an error, never a record.
+        OSError: the disk refuses it.
     """
-    try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise TrainingError(f"A number to be written to {path} is not finite: {row}") from error
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(line + "\n")
+    append_whole(path, json_line(row, path))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

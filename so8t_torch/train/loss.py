@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -27,8 +27,23 @@ from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.data.chat import IGNORED
 
 
+class Watch(Protocol):
+    """Sees the logits of one forward pass while each block exists; it must keep no block."""
+
+    def begin(self, rows: Tensor, positions: Tensor, labels: Tensor, shape: tuple[int, int]) -> None:
+        """Learn where the supervised tokens stand: row and position of each, the token, and the batch's (B, T)."""
+
+    def chunk(self, logits: Tensor, labels: Tensor, nll: Tensor) -> None:
+        """Look at one block of logits (C, V), in order; a block that is recomputed for its gradient comes again."""
+
+
 def supervised_nll(
-    hidden: Float[Tensor, "b t d"], labels: Int[Tensor, "b t"], head: nn.Module, *, chunk: int
+    hidden: Float[Tensor, "b t d"],
+    labels: Int[Tensor, "b t"],
+    head: nn.Module,
+    *,
+    chunk: int,
+    watch: Watch | None = None,
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return the negative log-likelihood of every supervised token, and the row it stands in.
 
@@ -37,6 +52,7 @@ def supervised_nll(
         labels: token to learn at each position, ``IGNORED`` elsewhere; position 0 has no predecessor and is left out.
         head: module from hidden states to logits.
         chunk: number of positions whose logits exist at once.
+        watch: sees each block of logits; no other one is computed for it.
 
     Returns:
         Values in nats, in the order of the supervised positions, and their row indices.
@@ -44,8 +60,11 @@ def supervised_nll(
     # positions are looked up once: each look-up makes a device wait for the host
     rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     states = hidden[rows, places].to(_input_dtype(head, hidden.dtype))
-    parts = zip(states.split(chunk), labels[rows, places + 1].split(chunk), strict=True)
-    nll = [checkpoint(_chunk_nll, s, t, head, use_reentrant=False, preserve_rng_state=False) for s, t in parts]
+    targets = labels[rows, places + 1]
+    if watch is not None:
+        watch.begin(rows, places + 1, targets, (labels.shape[0], labels.shape[1]))
+    parts = zip(states.split(chunk), targets.split(chunk), strict=True)
+    nll = [checkpoint(_chunk_nll, s, t, head, watch, use_reentrant=False, preserve_rng_state=False) for s, t in parts]
     return torch.cat(nll), rows
 
 
@@ -55,6 +74,7 @@ class Supervised:
 
     labels: Int[Tensor, "b t"]
     states: Mapping[int, Tensor]
+    watch: Watch | None = None
     nll: Tensor | None = None
     rows: Tensor | None = None
 
@@ -86,14 +106,17 @@ class LossAtHead:
         head.register_forward_hook(self._replace)
 
     @contextmanager
-    def open(self, labels: Int[Tensor, "b t"], states: Mapping[int, Tensor]) -> Iterator[Supervised]:
+    def open(
+        self, labels: Int[Tensor, "b t"], states: Mapping[int, Tensor], watch: Watch | None = None
+    ) -> Iterator[Supervised]:
         """Collect the losses of the forward pass inside the block.
 
         Args:
             labels: token to learn at each position.
             states: holds the head's whole input by the time it is called.
+            watch: sees the logits of this pass.
         """
-        self._open = Supervised(labels, states)
+        self._open = Supervised(labels, states, watch)
         try:
             yield self._open
         finally:
@@ -103,11 +126,12 @@ class LossAtHead:
         del inputs
         if self._open is None:
             return output
-        hidden = self._open.states[self._key]
+        now = self._open
+        hidden = now.states[self._key]
         # the head computes in its own dtype, whatever the model runs in
         with torch.autocast(hidden.device.type, enabled=False):
-            self._open.nll, self._open.rows = supervised_nll(hidden, self._open.labels, head, chunk=self._chunk)
-        return self._open.nll
+            now.nll, now.rows = supervised_nll(hidden, now.labels, head, chunk=self._chunk, watch=now.watch)
+        return now.nll
 
 
 def row_sums(values: Float[Tensor, " n"], rows: Int[Tensor, " n"], count: int) -> Float[Tensor, "b 2"]:
@@ -116,10 +140,13 @@ def row_sums(values: Float[Tensor, " n"], rows: Int[Tensor, " n"], count: int) -
     return torch.zeros(count, 2, dtype=torch.float64, device=values.device).index_add_(0, rows, pairs)
 
 
-def _chunk_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+def _chunk_nll(states: Tensor, targets: Tensor, head: nn.Module, watch: Watch | None) -> Tensor:
     # not a call: the hooks of one count it as another use of the head, and one of them computes this loss
     logits = head.forward(states)
-    return functional.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, reduction="none")
+    nll = functional.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, reduction="none")
+    if watch is not None:
+        watch.chunk(logits.detach(), targets, nll.detach())
+    return nll
 
 
 def _input_dtype(head: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -35,10 +35,12 @@ from so8t_torch.train.environment import PACKAGES, environment, version
 from so8t_torch.train.folder import RunFolder, Start, config_hash, write_json
 from so8t_torch.train.guard import Guard
 from so8t_torch.train.ladder import Sink
+from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.out_of_memory import fitting
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import adapter_state, is_sharded
 from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
+from so8t_torch.train.table import write_table
 from so8t_torch.train.trainer import SO8TTrainer
 
 if TYPE_CHECKING:
@@ -241,6 +243,10 @@ def _trainer(
     trainer.relief.what_fits = lambda limit: fitting(config, limit)
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
+    if config.logits.save_logits:
+        logits = LogitsRecorder(config.logits, folder)
+        trainer.watch = logits.watch
+        trainer.add_callback(logits)
     if config.recording.progress:
         trainer.add_callback(QuietProgress())
     if config.recording.tensorboard and arguments.should_save:
@@ -287,7 +293,8 @@ def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None
         write_json(folder.evaluation / "language_model.json", losses)
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
-    draw_curves(folder.metrics, folder.curves)
+    write_table(folder.metrics, folder.table)
+    draw_curves(folder.metrics, folder.curves, folder.events)
     folder.event("finish", steps=result.steps, seconds=round(result.seconds, 3), trainable=result.trainable)
 
 

@@ -11,13 +11,13 @@ loss cannot train anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from so8t_torch.adapter import gate_summary, so8t_param_groups
@@ -29,7 +29,7 @@ from so8t_torch.ops.second_difference import schedule_weight
 from so8t_torch.train.checkpointed import CheckpointedTrainer, Keeping
 from so8t_torch.train.config import PenaltySection, TrainingSection
 from so8t_torch.train.guard import Guard
-from so8t_torch.train.loss import LossAtHead, row_sums
+from so8t_torch.train.loss import LossAtHead, Watch, row_sums
 from so8t_torch.train.manifest import Health
 from so8t_torch.train.meter import LossMeter, perplexity
 from so8t_torch.train.out_of_memory import MemoryRelief, split
@@ -103,6 +103,8 @@ class SO8TTrainer(CheckpointedTrainer):
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
+        self.watch: Callable[[TrainerState], Watch | None] = lambda _: None
+        """Who sees the logits of a step's last micro-batch; asked before each."""
         self._kept: tuple[Tensor, dict[str, float]] | None = None
         self._micro_batches: list[Any] = []
         self._taken = 0
@@ -217,7 +219,9 @@ class SO8TTrainer(CheckpointedTrainer):
     def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor]]:
         """Return the supervised losses with their rows, and the streams after the gated layers."""
         names = ("input_ids", "attention_mask", "position_ids")
-        with self._tap.open() as states, self._at_head.open(inputs["labels"], states) as losses:
+        # the library evaluates a model in evaluation mode, and asks for gradients' exchange after the last micro-batch
+        watch = self.watch(self.state) if model.training and self.accelerator.sync_gradients else None
+        with self._tap.open() as states, self._at_head.open(inputs["labels"], states, watch) as losses:
             model(**{name: inputs[name] for name in names}, use_cache=False, logits_to_keep=1)
         del states[LAST_STATES]
         return losses.result(), states

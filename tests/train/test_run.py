@@ -46,7 +46,7 @@ def finished(tmp_path_factory, tiny_source, sentences):
 
 def test_the_folder_holds_exactly_what_is_promised(finished):
     assert {path.name for path in finished.directory.iterdir()} == {
-        *("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "curves.png"),
+        *("config.yaml", "environment.json", "metrics.jsonl", "metrics.csv", "events.jsonl", "curves.png"),
         *("tensorboard", "checkpoints", "adapter", "logits", "eval"),
     }
     assert {p.name for p in (finished.directory / "checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-6"}

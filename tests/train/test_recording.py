@@ -1,0 +1,153 @@
+"""Metrics of a run: every field in the table, nothing half written, nothing lost to a disk that fails for a while."""
+
+import csv
+import errno
+import json
+import math
+import os
+
+import pytest
+
+from so8t_torch.core.errors import TrainingError
+from so8t_torch.train import journal
+from so8t_torch.train.curves import MARKS, draw_curves, read_marks
+from so8t_torch.train.folder import append_json, read_metrics
+from so8t_torch.train.journal import Journal, append_whole
+from so8t_torch.train.run import run_training
+from so8t_torch.train.table import write_table
+from tests.faults.disk import Fault, broken_disk
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 20])
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, after):
+    path = tmp_path / "rows.jsonl"
+    append_json(path, {"step": 1})
+    before = path.read_bytes()
+    with broken_disk(tmp_path, Fault("write", errno.ENOSPC, after)), pytest.raises(OSError, match="No space left"):
+        append_json(path, {"step": 2, "text": "ü" * 40})
+    assert path.read_bytes() == before
+    append_json(path, {"step": 3})
+    assert [row["step"] for row in lines(path)] == [1, 3]
+
+
+def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path):
+    told = []
+    kept = Journal(tmp_path / "rows.jsonl", told.append)
+    kept.add({"step": 1})
+    with broken_disk(tmp_path, Fault("write", errno.ENOSPC, 5)):
+        for step in (2, 3, 4):
+            kept.add({"step": step})
+        assert [row["step"] for row in lines(tmp_path / "rows.jsonl")] == [1]
+    kept.add({"step": 5})
+    assert [row["step"] for row in lines(tmp_path / "rows.jsonl")] == [1, 2, 3, 4, 5]
+    assert len(told) == 1
+    assert "wait in memory" in told[0]
+
+
+def test_waiting_rows_are_bounded_and_a_loss_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "WAITING", 3)
+    told = []
+    kept = Journal(tmp_path / "rows.jsonl", told.append)
+    kept._waiting = type(kept._waiting)(maxlen=3)
+    with broken_disk(tmp_path, Fault("open", errno.EROFS)):
+        for step in range(5):
+            kept.add({"step": step})
+    assert ["is lost" in text for text in told] == [False, True, True]
+    kept.add({"step": 5})
+    assert [row["step"] for row in lines(tmp_path / "rows.jsonl")] == [3, 4, 5]
+
+
+def test_a_number_that_is_not_finite_is_no_row(tmp_path):
+    kept = Journal(tmp_path / "rows.jsonl")
+    with pytest.raises(TrainingError, match="not finite"):
+        kept.add({"loss": math.nan})
+    kept.add({"step": 1})
+    assert lines(tmp_path / "rows.jsonl") == [{"step": 1}]
+
+
+def test_a_descriptor_is_never_left_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    with broken_disk(tmp_path, Fault("write", errno.EIO)):
+        for _ in range(20):
+            with pytest.raises(OSError, match="Input/output"):
+                append_whole(tmp_path / "rows.jsonl", "row\n")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_run_outlives_a_disk_that_takes_no_metrics_for_a_while(settings, tmp_path, capsys):
+    fault = Fault("open", errno.ENOSPC, lasts=False)
+    with broken_disk(tmp_path / "run/metrics.jsonl", fault):
+        run = run_training(settings())
+    assert fault.met == 1
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("rows for") == 1
+
+
+def test_the_table_holds_every_entry_and_every_field(settings, sentences):
+    run = run_training(settings(data={"eval": str(sentences)}, evaluation={"every_steps": 2}))
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    with (run.directory / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+        table = list(csv.DictReader(handle))
+    assert len(table) == len(rows)
+    wanted = {"step", "kind", "epoch", "time", "loss/total", "loss/lm", "loss/pet", "loss/pet_weighted", "perplexity"}
+    wanted |= {"grad_norm", "lr/gates", "lr/matrices", "pet_weight", "eval/lm", "eval/perplexity"}
+    wanted |= {"gate/max_angle", "gate/mean_angle", "gate/commutator", "gate/orthogonality_error"}
+    assert wanted <= table[0].keys()
+    for row, cells in zip(rows, table, strict=True):
+        assert {name: cells[name] for name in row} == {name: str(value) for name, value in row.items()}
+        assert all(cells[name] == "" for name in cells.keys() - row.keys())
+    train = [row for row in rows if row["kind"] == "train"]
+    assert all(row["perplexity"] == pytest.approx(math.exp(row["loss/lm"])) for row in train)
+    assert all(row["loss/total"] != row["loss/lm"] for row in train), "the penalty is part of the total"
+    assert [row["time"] for row in train] == sorted(row["time"] for row in train)
+
+
+def test_names_with_commas_and_quotes_come_back(tmp_path):
+    rows = [{"step": 1, "kind": "train", 'lr/a,"b"': 0.1}, {"step": 2, "kind": "train", "note": "x\ny"}]
+    for row in rows:
+        append_json(tmp_path / "metrics.jsonl", row)
+    write_table(tmp_path / "metrics.jsonl", tmp_path / "metrics.csv")
+    with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+        table = list(csv.DictReader(handle))
+    assert table[0]['lr/a,"b"'] == "0.1"
+    assert table[1]["note"] == "x\ny"
+
+
+EVENTS = [
+    {"event": "start"},
+    {"event": "recovery", "transition": "fault", "stage": "skip", "step": 3},
+    {"event": "recovery", "transition": "learning rate returned", "step": 4},
+    {"event": "recovery", "transition": "out of memory", "step": 5},
+    {"event": "recovery", "transition": "fault", "stage": "rollback", "step": 9},
+    {"event": "rollback", "step": 9, "checkpoint": "checkpoint-5"},
+    {"event": "resume", "checkpoint": "run/checkpoints/checkpoint-6"},
+    {"event": "resume", "checkpoint": None},
+    {"event": "recovery", "transition": "post-mortem", "step": 12},
+]
+
+
+def test_recoveries_and_resumes_are_marked(tmp_path, monkeypatch):
+    events = tmp_path / "events.jsonl"
+    for row in EVENTS:
+        append_json(events, row)
+    marks = [(3, "skip"), (5, "out of memory"), (9, "rollback"), (9, "rollback"), (6, "resume"), (12, "stop")]
+    assert read_marks(events) == marks
+    assert {kind for _, kind in marks} <= MARKS.keys()
+    for step in range(1, 13):
+        append_json(tmp_path / "metrics.jsonl", {"step": step, "kind": "train", "loss/lm": 1 / step, "grad_norm": 1.0})
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda _, step, color, **__: drawn.append((step, color)))
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", events)
+    assert set(drawn) == {(step, MARKS[kind]) for step, kind in marks}
+    assert len(drawn) == 8 * len(set(marks)), "one line in each panel"
+
+
+def test_every_stage_of_the_ladder_has_a_colour():
+    from so8t_torch.train.ladder import Stage
+
+    assert {stage.name.lower() for stage in Stage} <= MARKS.keys()
