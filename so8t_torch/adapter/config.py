@@ -9,18 +9,15 @@ Two independent selections: ``target_modules`` and its companions choose the mod
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
 from so8t_torch.adapter.registration import add_member
 from so8t_torch.core.errors import AdapterError, ConfigError
+from so8t_torch.core.json_text import nonfinite, read_object
 
 PEFT_TYPE = add_member()
 
@@ -189,61 +186,13 @@ def _check_regular(name: str, pattern: str) -> None:
         raise ConfigError(f"SO8TConfig: {name} {pattern!r} is not a regular expression: {error}.") from error
 
 
-def nonfinite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (place, number) for every number in nested dicts and lists that is NaN or infinite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield place, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from nonfinite(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from nonfinite(item, f"{place}[{index}]")
-
-
 def read_json(path: str) -> dict[str, Any]:
-    """Read a JSON object and refuse bare NaN and Infinity, which Python's reader lets through.
+    """Read a JSON object of at most 1 MiB: keys once, finite numbers, whole characters.
 
     Args:
-        path: of a UTF-8 file, with or without byte order mark.
+        path: of a regular UTF-8 file, with or without byte order mark.
 
     Raises:
         AdapterError: naming the file and the key that holds the number, or what cannot be read.
     """
-    stored = parse_json(read_text(path), path)
-    if not isinstance(stored, dict):
-        raise AdapterError(f"{path}: expected a JSON object, got {type(stored).__name__}.")
-    for place, value in nonfinite(stored):
-        raise AdapterError(f"{path}: expected finite numbers, got {value} in {place!r}; the file is damaged.")
-    return stored
-
-
-def read_text(path: str) -> str:
-    """Read a UTF-8 text file, with or without byte order mark.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        AdapterError: naming the file that is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{path}: not valid UTF-8 at byte {error.start}; save the file as UTF-8.") from error
-
-
-def parse_json(text: str, path: str) -> Any:
-    """Read JSON text.
-
-    Args:
-        text: of the file.
-        path: named in the error.
-
-    Raises:
-        AdapterError: naming the file and what is wrong in it.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not complete JSON ({error}); the file is damaged.") from error
+    return read_object(path, AdapterError)

@@ -7,7 +7,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,14 @@ def parse_value(text: str, source: str, error: type[SO8TError]) -> Any:
             raise error(f"{source}: key {short(names.most_common(1)[0][0])} is given twice; keep one.")
         return found
 
-    def refuse(constant: str) -> None:
-        raise error(f"{source}: {constant} is not a JSON number.")
+    constants: list[str] = []
+
+    def note(constant: str) -> float:
+        constants.append(constant)
+        return math.nan
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=note)
     except RecursionError as problem:
         raise error(f"{source}: nested deeper than {MAX_DEPTH} levels.") from problem
     except json.JSONDecodeError as problem:
@@ -86,8 +89,26 @@ def parse_value(text: str, source: str, error: type[SO8TError]) -> Any:
         raise
     except ValueError as problem:  # Python reads no integer of more than some thousand digits
         raise error(f"{source}: a number has too many digits to be read ({problem}).") from problem
-    _check(value, lambda reason: error(f"{source}: {reason}"))
+    if (reason := _fault(value, constants)) is not None:
+        raise error(f"{source}: {reason}")
     return value
+
+
+def nonfinite(whole: Any) -> Iterator[tuple[str, float]]:
+    """Yield (place, number) for every number in nested dicts and lists that is NaN or infinite.
+
+    Args:
+        whole: nested to any depth.
+    """
+    waiting: list[tuple[str, Any]] = [("", whole)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            yield place, value
+        elif isinstance(value, dict):
+            waiting += [(f"{place}.{key}" if place else str(key), item) for key, item in reversed(value.items())]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(f"{place}[{i}]", item) for i, item in reversed(list(enumerate(value)))]
 
 
 def check_text(text: str, source: str, error: type[SO8TError]) -> None:
@@ -122,23 +143,32 @@ def _unreadable(text: str) -> str | None:
     return None
 
 
-def _check(whole: Any, problem: Callable[[str], SO8TError]) -> None:
+def _fault(whole: Any, constants: list[str]) -> str | None:
+    """Return what is wrong with a value that was read, level by level, or ``None``."""
     level = [whole]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for value in level:
             if isinstance(value, str):
                 if (reason := _unreadable(value)) is not None:
-                    raise problem(reason)
+                    return reason
             elif isinstance(value, float):
                 if not math.isfinite(value):
-                    raise problem("a number is too large to be finite.")
+                    return _not_finite(whole, constants)
             elif isinstance(value, dict):
                 inner += value
                 inner += value.values()
             elif isinstance(value, list):
                 inner += value
         if not inner:
-            return
+            return None
         level = inner
-    raise problem(f"nested deeper than {MAX_DEPTH} levels.")
+    return f"nested deeper than {MAX_DEPTH} levels."
+
+
+def _not_finite(whole: Any, constants: list[str]) -> str:
+    place, _ = next(nonfinite(whole))
+    where = f" (in {short(place)})" if place else ""
+    if constants:
+        return f"{constants[0]} is not a JSON number{where}."
+    return f"a number is too large to be finite{where}."
