@@ -17,7 +17,7 @@ from peft import PeftConfig
 
 from so8t_torch.adapter.registration import add_member
 from so8t_torch.core.errors import AdapterError, ConfigError
-from so8t_torch.core.json_text import nonfinite, read_object
+from so8t_torch.core.json_text import nonfinite, read_object, short
 
 PEFT_TYPE = add_member()
 
@@ -25,6 +25,7 @@ CHARTS = ("exp", "cayley")
 TRAIN_GATES = ("safe", "cmd", "routed")
 DEFAULT_GATE_TARGETS = ["o_proj"]
 ALL_LINEAR = "all-linear"
+MAX_BYTES = 1 << 18
 
 Names = list[str] | set[str] | str | None
 Indices = list[int] | int | None
@@ -85,7 +86,7 @@ class SO8TConfig(PeftConfig):
         self._check_choices()
         self._check_selection()
         for place, value in nonfinite(vars(self)):
-            raise ConfigError(f"SO8TConfig: expected finite numbers, got {value} in {place}.")
+            raise ConfigError(f"SO8TConfig: expected finite numbers, got {value} in {short(place)}.")
 
     @property
     def has_gates(self) -> bool:
@@ -119,14 +120,16 @@ class SO8TConfig(PeftConfig):
         for name, allowed in (("chart", CHARTS), ("train_gates", TRAIN_GATES)):
             value = getattr(self, name)
             if value not in allowed:
-                raise ConfigError(f"SO8TConfig: expected {name} to be one of {', '.join(allowed)}, got {value!r}.")
+                raise ConfigError(f"SO8TConfig: expected {name} to be one of {', '.join(allowed)}, got {short(value)}.")
         if self.r < 0:
-            raise ConfigError(f"SO8TConfig: expected r >= 0, got {self.r}.")
+            raise ConfigError(f"SO8TConfig: expected r >= 0, got {short(self.r)}.")
         if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"SO8TConfig: expected 0 <= lora_dropout < 1, got {self.lora_dropout}.")
+            raise ConfigError(f"SO8TConfig: expected 0 <= lora_dropout < 1, got {short(self.lora_dropout)}.")
         for key, rank in self.rank_pattern.items():
             if rank < 1:
-                raise ConfigError(f"SO8TConfig: expected a rank of at least 1 in rank_pattern, got {key!r}: {rank}.")
+                raise ConfigError(
+                    f"SO8TConfig: expected a rank of at least 1 in rank_pattern, got {short(key)}: {short(rank)}."
+                )
 
     def _check_selection(self) -> None:
         if self.r == 0:
@@ -161,10 +164,10 @@ class SO8TConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for key in stored:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                near = difflib.get_close_matches(key[:80], known, n=1, cutoff=0.6)
                 hint = f" (near: {near[0]!r})" if near else ""
                 raise AdapterError(
-                    f"{path_json_file}: expected the fields of SO8TConfig, got {key!r}{hint}; "
+                    f"{path_json_file}: expected the fields of SO8TConfig, got {short(key)}{hint}; "
                     "it was saved by another method or a newer version."
                 )
         return stored
@@ -176,18 +179,20 @@ def _is_whole(value: Any) -> bool:
 
 def _expect(name: str, value: Any, holds: bool, wanted: str) -> None:
     if not holds:
-        raise ConfigError(f"SO8TConfig: expected {name} to be {wanted}, got {value!r}.")
+        raise ConfigError(f"SO8TConfig: expected {name} to be {wanted}, got {short(value)}.")
 
 
 def _check_regular(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"SO8TConfig: {name} {pattern!r} is not a regular expression: {error}.") from error
+        raise ConfigError(
+            f"SO8TConfig: {name} {short(pattern)} is not a regular expression: {error!s:.200}."
+        ) from error
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read a JSON object of at most 1 MiB: keys once, finite numbers, whole characters.
+    """Read a JSON object of at most 256 KiB: keys once, finite numbers, whole characters.
 
     Args:
         path: of a regular UTF-8 file, with or without byte order mark.
@@ -195,4 +200,4 @@ def read_json(path: str) -> dict[str, Any]:
     Raises:
         AdapterError: naming the file and the key that holds the number, or what cannot be read.
     """
-    return read_object(path, AdapterError)
+    return read_object(path, AdapterError, limit=MAX_BYTES)

@@ -161,5 +161,6 @@ def _entries(folder: Path, error: type[SO8TError]) -> set[str]:
                 if len(names) > MAX_ENTRIES:
                     raise error(f"{shown(folder)}: expected at most {MAX_ENTRIES:,} entries in a model's folder.")
     except (OSError, ValueError) as problem:
-        raise error(f"{shown(folder)}: the folder cannot be read ({problem}).") from problem
+        reason = getattr(problem, "strerror", None) or "not a path"
+        raise error(f"{shown(folder)}: the folder cannot be read ({reason}).") from problem
     return names

@@ -35,7 +35,7 @@ class Limits(Section):
 
     line_bytes: Positive = 1 << 20
     file_bytes: Positive = 1 << 30
-    lines: Positive = 5_000_000
+    lines: Positive = 1_000_000
     text_characters: Positive = 1 << 19
 
 

@@ -146,7 +146,7 @@ def read_file(
 
 def _collect(rows: Rows, build: Callable[[Row], Record], limits: Limits, aside: Quarantine | None) -> list[Record]:
     records: list[Record] = []
-    held = 0
+    held, most = 0, limits.file_bytes * 3 // 2
     while True:
         try:
             record = build(next(rows))
@@ -162,9 +162,9 @@ def _collect(rows: Rows, build: Callable[[Row], Record], limits: Limits, aside: 
         else:
             records.append(record)
             held += _RECORD_BYTES + sum(sys.getsizeof(message.content) for message in record.messages)
-            if held > 2 * limits.file_bytes:
+            if held > most:
                 raise FileError(
-                    f"{rows.source}: the records take more than {2 * limits.file_bytes:,} bytes of memory up to here; "
+                    f"{rows.source}: the records take more than {most:,} bytes of memory up to here; "
                     "split the file, or raise data.reading.limits.file_bytes."
                 )
 

@@ -13,11 +13,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from so8t_torch.core.errors import ConfigError, DataError, SO8TError
 from so8t_torch.core.files import shown
-from so8t_torch.core.json_text import read_object
+from so8t_torch.core.json_text import read_object, short
 from so8t_torch.core.weights import check_weights, stored_tensors
 
 __all__ = ["Checkpoint", "free_folder", "in_one_step", "model_class", "open_checkpoint", "tensors_of"]
@@ -75,10 +75,14 @@ def model_class(folder: Path) -> Any:
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{folder}: expected plain weights, got a quantised checkpoint; dequantise it first.")
-    name = next(iter(getattr(config, "architectures", None) or ()), None)
-    if name is None or not hasattr(transformers, name):
-        raise ConfigError(f"{folder}: expected an architecture that transformers has, got {name!r} in config.json.")
-    return getattr(transformers, name)
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    kind = None if name is None else getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ConfigError(
+            f"{shown(folder)}: expected an architecture that transformers has, got {short(names)} in config.json."
+        )
+    return kind
 
 
 def in_one_step(target: Path, fill: Callable[[Path], None]) -> None:
