@@ -107,8 +107,10 @@ def read_adapter_config(path: str | Path) -> SO8TConfig:
         read_json(str(Path(path) / _CONFIG))  # what is no readable file is named before the library looks for it
     try:
         config = SO8TConfig.from_pretrained(str(path))
-    except (AdapterError, ConfigError):
+    except AdapterError:
         raise
+    except ConfigError as error:
+        raise ConfigError(f"{shown(path)}: {error}") from error
     except KeyError as error:
         raise AdapterError(
             f"{shown(path)}: expected an adapter of the method SO8T, got {error!s:.80}, which is unknown."

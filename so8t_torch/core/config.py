@@ -24,6 +24,7 @@ from so8t_torch.core.files import read_text, shown
 MAX_BYTES = 1 << 16
 MAX_VALUES = 2000
 MAX_DEPTH = 32
+MAX_LISTED = 20
 """A configuration is written by hand; more bytes, names with values or levels than these are a mistake or an attack."""
 
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
@@ -126,16 +127,29 @@ def load_config(section: type[S], path: str | Path | None = None, overrides: Ite
     tree = {} if path is None else _read(path)
     for override in overrides:
         _apply(tree, override)
-    return parse_config(section, tree)
+    return parse_config(section, tree, "" if path is None else shown(path))
 
 
-def parse_config(section: type[S], tree: Mapping[str, Any]) -> S:
-    """Validate a mapping against a section; see ``load_config`` for the errors."""
+def parse_config(section: type[S], tree: Mapping[str, Any], source: str = "") -> S:
+    """Validate a mapping against a section.
+
+    Args:
+        section: the model of the whole mapping.
+        tree: as read.
+        source: the file it was read from, named in the error.
+
+    Raises:
+        ConfigError: unknown keys (with the nearest valid name) and invalid values, the first twenty of them.
+    """
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        lines = [_sentence(section, problem) for problem in error.errors()]
-        raise ConfigError("The configuration is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        problems = error.errors()
+        lines = [f"  {_sentence(section, problem)}" for problem in problems[:MAX_LISTED]]
+        if len(problems) > MAX_LISTED:
+            lines.append(f"  and {len(problems) - MAX_LISTED} more")
+        name = f"The configuration {source}" if source else "The configuration"
+        raise ConfigError(f"{name} is not valid:\n" + "\n".join(lines)) from None
 
 
 def dump_config(section: Section) -> str:
@@ -185,7 +199,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _sentence(section: type[Section], problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
+    location = [f"{part:.80}" if isinstance(part, str) else str(part) for part in problem["loc"]]
     where = ".".join(location) or "(whole file)"
     if problem["type"] == "value_error" and not location:
         return str(problem["msg"]).removeprefix("Value error, ")

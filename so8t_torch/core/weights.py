@@ -103,7 +103,7 @@ def read_index(path: Path, error: type[SO8TError]) -> dict[str, str]:
     if not isinstance(files, dict) or not files:
         raise error(f"{shown(path)}: expected a JSON index with a weight_map, got {short(tree)}; copy it again.")
     for name in sorted(set(map(str, files.values()))):
-        if not is_plain_name(name) or not (path.parent / name).is_file():
+        if not is_plain_name(name) or not os.path.isfile(path.parent / name):
             raise error(
                 f"{shown(path.parent)}: the index names {short(name)}, which is not a file there; complete the "
                 "checkpoint."
