@@ -131,10 +131,17 @@ class _Pieces:
         return self
 
     def __next__(self) -> str:
-        text = next(self._lines)
-        self.raw += self._lines.raw[: _SHOWN_BYTES - len(self.raw)]
+        try:
+            text = next(self._lines)
+        except DataError:
+            self._keep()
+            raise
+        self._keep()
         self._bytes += len(self._lines.raw)
         most = self._lines.limits.line_bytes
         if self._bytes > most + 2:
             raise DataError(f"{self._lines.source}: the row has more than {most} bytes; close its quotes or split it.")
         return text
+
+    def _keep(self) -> None:
+        self.raw += self._lines.raw[: _SHOWN_BYTES - len(self.raw)]
