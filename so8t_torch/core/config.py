@@ -204,7 +204,7 @@ def _sentence(section: type[Section], problem: Mapping[str, Any]) -> str:
     if problem["type"] == "value_error" and not location:
         return str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']} (got {_SHORT.repr(problem['input']):.400})"
+        return f"{where}: {problem['msg']:.400} (got {_SHORT.repr(problem['input']):.400})"
     names = sorted(_names_at(section, location[:-1]))
     near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(names)}"
