@@ -9,12 +9,12 @@ Two independent selections: ``target_modules`` and its companions choose the mod
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
 
+from so8t_torch.adapter.patterns import fault_of
 from so8t_torch.adapter.registration import add_member
 from so8t_torch.core.errors import AdapterError, ConfigError
 from so8t_torch.core.json_text import nonfinite, read_object, short
@@ -86,7 +86,7 @@ class SO8TConfig(PeftConfig):
         self._check_choices()
         self._check_selection()
         for place, value in nonfinite(vars(self)):
-            raise ConfigError(f"SO8TConfig: expected finite numbers, got {value} in {short(place)}.")
+            raise ConfigError(f"SO8TConfig: expected finite numbers, got {value} in {place:.80}.")
 
     @property
     def has_gates(self) -> bool:
@@ -183,12 +183,8 @@ def _expect(name: str, value: Any, holds: bool, wanted: str) -> None:
 
 
 def _check_regular(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"SO8TConfig: {name} {short(pattern)} is not a regular expression: {error!s:.200}."
-        ) from error
+    if (fault := fault_of(pattern)) is not None:
+        raise ConfigError(f"SO8TConfig: expected a regular expression in {name}, got {short(pattern)}: {fault}.")
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -215,6 +215,7 @@ ADAPTERS = [
         r"expected the fields of SO8TConfig, got 'run'",
     ),
     Case("adapter with a broken pattern", "adapter", _adapter(target_modules="("), r"not a regular expression"),
+    Case("adapter with a pattern for ever", "adapter", _adapter(target_modules="(a+)+$"), r"which may take forever"),
     Case("adapter with a huge rank", "adapter", _adapter(r=10**400), r""),
     Case("adapter with wrong kinds", "adapter", _adapter(target_modules=7), r"expected target_modules to be a list"),
     Case("adapter pipe", "adapter", _adapter(_in_place("adapter_config.json", "pipe")), r"json: .*got a named pipe"),
