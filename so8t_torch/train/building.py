@@ -93,7 +93,10 @@ def thread_count(config: TrainConfig) -> int:
 def _reading(what: str, source: str) -> Iterator[None]:
     """Check a local folder, and turn the library's error into one that names the setting."""
     if os.path.isdir(source):
-        check_folder(Path(source), ConfigError)
+        try:
+            check_folder(Path(source), ConfigError)
+        except ConfigError as error:
+            raise ConfigError(f"base.path {source!r:.400}: no model can be read there. {error}") from error
     try:
         yield
     except (OSError, ValueError) as error:
