@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from so8t_torch.core.config import dump_config, load_config
+from so8t_torch.core.config import dump_config, load_config, parse_config
 from so8t_torch.core.errors import SO8TError
 
 GROUPS = ("eval", "data", "audit", "export", "logits")
@@ -44,6 +44,13 @@ saved_logits = typer.Typer(
     epilog="Example: [bold]so8t logits show runs/quickstart/lora_gates[/bold]",
 )
 app.add_typer(saved_logits, name="logits")
+data_files = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Read data files as training does.",
+    epilog="Example: [bold]so8t data check questions.jsonl[/bold]",
+)
+app.add_typer(data_files, name="data")
 
 Overrides = Annotated[
     list[str] | None,
@@ -231,6 +238,28 @@ def compare(first: Saved, second: Saved, plot: Plot = None, tokenizer: Spelling 
 
     for table in tables(first, second, plot=plot, tokenizer=tokenizer):
         Console().print(table)
+
+
+@data_files.command(
+    epilog="Examples: [bold]so8t data check questions.jsonl[/bold] · "
+    "[bold]so8t data check big.csv --quarantine --share 0.02[/bold]"
+)
+def check(
+    file: Annotated[Path, typer.Argument(help="JSONL or CSV file in UTF-8.")],
+    label: Annotated[bool, typer.Option(help="Whether every record must carry a label.")] = False,
+    answer: Annotated[bool, typer.Option(help="Whether every conversation must end with an answer.")] = True,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Put bad rows aside into FILE.refused.jsonl instead of stopping.")
+    ] = False,
+    share: Annotated[float, typer.Option(help="Largest share of bad rows that is put aside.")] = 0.01,
+) -> None:
+    """Read a data file to its end and print what is in it; the first bad row, or too many of them, are an error."""
+    from so8t_torch.data.intake import ReadingSection
+    from so8t_torch.data.records import read_file
+
+    settings = {"mode": "quarantine" if quarantine else "strict", "refused_share": share}
+    reading = parse_config(ReadingSection, settings)
+    typer.echo(read_file(file, need_answer=answer, need_label=label, reading=reading).summary())
 
 
 def main() -> None:

@@ -210,7 +210,7 @@ def _float_base(config: SO8TConfig, base: str | Path | None) -> Any:
     source = base or config.base_model_name_or_path
     try:
         stored_quantized = source is not None and hasattr(
-            AutoConfig.from_pretrained(str(source)), "quantization_config"
+            AutoConfig.from_pretrained(str(source), trust_remote_code=False), "quantization_config"
         )
     except (OSError, ValueError) as error:
         raise AdapterError(

@@ -9,18 +9,15 @@ Two independent selections: ``target_modules`` and its companions choose the mod
 from __future__ import annotations
 
 import difflib
-import json
-import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from so8t_torch.adapter.patterns import fault_of
 from so8t_torch.adapter.registration import add_member
 from so8t_torch.core.errors import AdapterError, ConfigError
+from so8t_torch.core.json_text import nonfinite, read_object, short
 
 PEFT_TYPE = add_member()
 
@@ -28,6 +25,7 @@ CHARTS = ("exp", "cayley")
 TRAIN_GATES = ("safe", "cmd", "routed")
 DEFAULT_GATE_TARGETS = ["o_proj"]
 ALL_LINEAR = "all-linear"
+MAX_BYTES = 1 << 18
 
 Names = list[str] | set[str] | str | None
 Indices = list[int] | int | None
@@ -88,7 +86,7 @@ class SO8TConfig(PeftConfig):
         self._check_choices()
         self._check_selection()
         for place, value in nonfinite(vars(self)):
-            raise ConfigError(f"SO8TConfig: expected finite numbers, got {value} in {place}.")
+            raise ConfigError(f"SO8TConfig: expected finite numbers, got {value} in {place:.80}.")
 
     @property
     def has_gates(self) -> bool:
@@ -122,14 +120,16 @@ class SO8TConfig(PeftConfig):
         for name, allowed in (("chart", CHARTS), ("train_gates", TRAIN_GATES)):
             value = getattr(self, name)
             if value not in allowed:
-                raise ConfigError(f"SO8TConfig: expected {name} to be one of {', '.join(allowed)}, got {value!r}.")
+                raise ConfigError(f"SO8TConfig: expected {name} to be one of {', '.join(allowed)}, got {short(value)}.")
         if self.r < 0:
-            raise ConfigError(f"SO8TConfig: expected r >= 0, got {self.r}.")
+            raise ConfigError(f"SO8TConfig: expected r >= 0, got {short(self.r)}.")
         if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"SO8TConfig: expected 0 <= lora_dropout < 1, got {self.lora_dropout}.")
+            raise ConfigError(f"SO8TConfig: expected 0 <= lora_dropout < 1, got {short(self.lora_dropout)}.")
         for key, rank in self.rank_pattern.items():
             if rank < 1:
-                raise ConfigError(f"SO8TConfig: expected a rank of at least 1 in rank_pattern, got {key!r}: {rank}.")
+                raise ConfigError(
+                    f"SO8TConfig: expected a rank of at least 1 in rank_pattern, got {short(key)}: {short(rank)}."
+                )
 
     def _check_selection(self) -> None:
         if self.r == 0:
@@ -164,10 +164,10 @@ class SO8TConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for key in stored:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                near = difflib.get_close_matches(key[:80], known, n=1, cutoff=0.6)
                 hint = f" (near: {near[0]!r})" if near else ""
                 raise AdapterError(
-                    f"{path_json_file}: expected the fields of SO8TConfig, got {key!r}{hint}; "
+                    f"{path_json_file}: expected the fields of SO8TConfig, got {short(key)}{hint}; "
                     "it was saved by another method or a newer version."
                 )
         return stored
@@ -179,71 +179,21 @@ def _is_whole(value: Any) -> bool:
 
 def _expect(name: str, value: Any, holds: bool, wanted: str) -> None:
     if not holds:
-        raise ConfigError(f"SO8TConfig: expected {name} to be {wanted}, got {value!r}.")
+        raise ConfigError(f"SO8TConfig: expected {name} to be {wanted}, got {short(value)}.")
 
 
 def _check_regular(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"SO8TConfig: {name} {pattern!r} is not a regular expression: {error}.") from error
-
-
-def nonfinite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (place, number) for every number in nested dicts and lists that is NaN or infinite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield place, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from nonfinite(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from nonfinite(item, f"{place}[{index}]")
+    if (fault := fault_of(pattern)) is not None:
+        raise ConfigError(f"SO8TConfig: expected a regular expression in {name}, got {short(pattern)}: {fault}.")
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read a JSON object and refuse bare NaN and Infinity, which Python's reader lets through.
+    """Read a JSON object of at most 256 KiB: keys once, finite numbers, whole characters.
 
     Args:
-        path: of a UTF-8 file, with or without byte order mark.
+        path: of a regular UTF-8 file, with or without byte order mark.
 
     Raises:
         AdapterError: naming the file and the key that holds the number, or what cannot be read.
     """
-    stored = parse_json(read_text(path), path)
-    if not isinstance(stored, dict):
-        raise AdapterError(f"{path}: expected a JSON object, got {type(stored).__name__}.")
-    for place, value in nonfinite(stored):
-        raise AdapterError(f"{path}: expected finite numbers, got {value} in {place!r}; the file is damaged.")
-    return stored
-
-
-def read_text(path: str) -> str:
-    """Read a UTF-8 text file, with or without byte order mark.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        AdapterError: naming the file that is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{path}: not valid UTF-8 at byte {error.start}; save the file as UTF-8.") from error
-
-
-def parse_json(text: str, path: str) -> Any:
-    """Read JSON text.
-
-    Args:
-        text: of the file.
-        path: named in the error.
-
-    Raises:
-        AdapterError: naming the file and what is wrong in it.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not complete JSON ({error}); the file is damaged.") from error
+    return read_object(path, AdapterError, limit=MAX_BYTES)

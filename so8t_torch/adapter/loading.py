@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from so8t_torch.adapter.config import CHARTS, SO8TConfig
+from so8t_torch.adapter.config import CHARTS, SO8TConfig, read_json
 from so8t_torch.adapter.layer import SO8TLayer, chart_mismatch
 from so8t_torch.core.errors import AdapterError, ConfigError
+from so8t_torch.core.files import shown
+from so8t_torch.core.weights import check_folder, check_weights
 
 BAKED = "so8t_baked"
 """Key in ``config.json`` of a baked checkpoint; transformers carries unknown keys through loading and saving."""
 
 _WEIGHTS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -97,20 +103,42 @@ def read_adapter_config(path: str | Path) -> SO8TConfig:
     Raises:
         AdapterError: no adapter there, an unknown key, a number that is not finite, or another method's adapter.
     """
+    if _is_local(path) and os.path.lexists(Path(path) / _CONFIG):
+        read_json(str(Path(path) / _CONFIG))  # what is no readable file is named before the library looks for it
     try:
         config = SO8TConfig.from_pretrained(str(path))
-    except (AdapterError, ConfigError):
+    except AdapterError:
         raise
+    except ConfigError as error:
+        raise ConfigError(f"{shown(path)}: {error}") from error
     except KeyError as error:
-        raise AdapterError(f"{path}: expected an adapter of the method SO8T, got {error}, which is unknown.") from error
-    except ValueError as error:
         raise AdapterError(
-            f"{path}: no adapter_config.json can be read there; give the folder that save_pretrained wrote, of a run "
-            f"that is RUN/adapter. The library says: {error}"
+            f"{shown(path)}: expected an adapter of the method SO8T, got {error!s:.80}, which is unknown."
+        ) from error
+    except Exception as error:  # a library's reader fails in many ways on values it did not expect
+        raise AdapterError(
+            f"{shown(path)}: no adapter_config.json can be read there; give the folder that save_pretrained wrote, of "
+            f"a run that is RUN/adapter. The library says: {error!s:.400}"
         ) from error
     if not isinstance(config, SO8TConfig):
-        raise AdapterError(f"{path}: expected an adapter of the method SO8T, got {config.peft_type}.")
+        raise AdapterError(f"{shown(path)}: expected an adapter of the method SO8T, got {config.peft_type}.")
     return config
+
+
+def _is_local(path: str | Path) -> bool:
+    """Whether a path is a folder here; anything else must have the form of a hub id.
+
+    Raises:
+        AdapterError: it is neither.
+    """
+    if os.path.isdir(path):
+        return True
+    if os.path.lexists(path) or not _HUB_ID.fullmatch(str(path)):
+        raise AdapterError(
+            f"{shown(path)}: no {_CONFIG} can be read there, for it is neither a folder nor a hub id; give the folder "
+            "that save_pretrained wrote, of a run that is RUN/adapter."
+        )
+    return False
 
 
 def load_base(config: SO8TConfig, base: str | Path | None = None, **arguments: Any) -> nn.Module:
@@ -128,16 +156,20 @@ def load_base(config: SO8TConfig, base: str | Path | None = None, **arguments: A
     if source is None:
         raise AdapterError("this adapter does not name its base model; pass base=FOLDER or base=MODEL.")
     auto_class = _auto_class(config)
+    if os.path.isdir(source):
+        check_folder(Path(source), AdapterError)
+    # neither code nor a pickle that a folder brings along is ever run
+    safe = {"trust_remote_code": False, **arguments, "use_safetensors": True}
     try:
-        return auto_class.from_pretrained(str(source), **arguments)
-    except OSError as error:
+        return auto_class.from_pretrained(str(source), **safe)
+    except (OSError, ValueError) as error:
         raise AdapterError(
-            f"no base model can be read at {source}; pass base=FOLDER. The library says: {error}"
+            f"no base model can be read at {shown(source)}; pass base=FOLDER. The library says: {error!s:.400}"
         ) from error
 
 
 def check_weights_file(path: str | Path) -> None:
-    """Refuse a local adapter folder whose weights are absent or cut off, before the base is loaded.
+    """Refuse a local adapter folder whose weights are absent, cut off or not bounded, before the base is loaded.
 
     Args:
         path: adapter folder or hub id; a hub id passes.
@@ -145,16 +177,17 @@ def check_weights_file(path: str | Path) -> None:
     Raises:
         AdapterError: naming the file.
     """
-    file = Path(path) / _WEIGHTS
-    if not Path(path).is_dir():
+    if not _is_local(path):
         return
-    if not file.is_file():
-        raise AdapterError(f"{file}: no such file; give the folder that save_pretrained wrote.")
+    file = Path(path) / _WEIGHTS
+    check_weights(file, AdapterError)
     try:
         with safe_open(str(file), framework="pt"):
             pass
     except SafetensorError as error:
-        raise AdapterError(f"{file}: not a complete safetensors file ({error}); copy it again.") from error
+        raise AdapterError(
+            f"{shown(file)}: not a complete safetensors file ({error!s:.400}); copy it again."
+        ) from error
 
 
 def check_tensors(stored: dict[str, Tensor], config: SO8TConfig) -> None:

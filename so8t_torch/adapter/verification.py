@@ -16,8 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from so8t_torch.adapter.config import parse_json, read_json, read_text
 from so8t_torch.core.errors import AdapterError
+from so8t_torch.core.files import read_text
+from so8t_torch.core.json_text import parse_object, parse_value
+
+MAX_PROMPT_BYTES = 1 << 24
 
 BUILT_IN_PROMPTS = (
     "The committee met in the morning and postponed its decision.",
@@ -69,15 +72,15 @@ def read_prompts(path: str | Path) -> list[str]:
         AdapterError: there is no such file, it cannot be read, or it holds no prompts.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise AdapterError(f"bake: no prompts at {path}; give a JSON or text file, or leave prompts out.")
-    text = read_text(str(path))
+    text = read_text(path, AdapterError, limit=MAX_PROMPT_BYTES)
     if path.suffix != ".json":
         found: Any = [line.strip() for line in text.splitlines() if line.strip()]
     elif text.lstrip().startswith("["):
-        found = parse_json(text, str(path))
+        found = parse_value(text, str(path), AdapterError)
     else:
-        found = read_json(str(path)).get("texts", [])
+        found = parse_object(text, str(path), AdapterError).get("texts", [])
     if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
         raise AdapterError(f'{path}: expected prompts as {{"texts": [strings]}}, a list of strings, or lines of text.')
     return found
@@ -87,7 +90,7 @@ def find_tokenizer(*places: str | Path | None) -> PreTrainedTokenizerBase | None
     """Return the tokenizer of the first folder that has one, None if no folder has."""
     for place in places:
         if place is not None and any((Path(place) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
-            return AutoTokenizer.from_pretrained(str(place))
+            return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
     return None
 
 

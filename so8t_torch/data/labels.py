@@ -11,6 +11,7 @@ import re
 from enum import Enum
 
 from so8t_torch.core.errors import DataError
+from so8t_torch.core.json_text import short
 
 
 @functools.total_ordering
@@ -58,9 +59,9 @@ def parse_label(text: str) -> Label:
     name = text.strip().upper()
     if name in _NAMES:
         return _NAMES[name]
-    near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:80], _NAMES, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "labels are stored by name, never by number."
-    raise DataError(f"Expected a label out of {', '.join(_NAMES)}, but got {text!r}; {hint}")
+    raise DataError(f"Expected a label out of {', '.join(_NAMES)}, but got {short(text)}; {hint}")
 
 
 def leading_label(answer: str) -> Label | None:

@@ -15,24 +15,30 @@ Two forms of row are understood::
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from so8t_torch.core.config import Section
 from so8t_torch.core.errors import DataError
+from so8t_torch.core.files import opened, shown
+from so8t_torch.core.json_text import parse_object, parse_value, short
+from so8t_torch.data.intake import Quarantine, ReadingSection, Refusal
 from so8t_torch.data.labels import Label, parse_label
+from so8t_torch.data.lines import FileError, Limits, Lines, count_lines
+from so8t_torch.data.rows import CsvRows, JsonRows, Row, Rows
 
-MAX_LINE_BYTES = 1 << 20
-MAX_DEPTH = 32
 PROMPT_NAMES = ("prompt", "instruction", "question")
 ANSWER_NAMES = ("answer", "output", "completion", "response")
 ROLES = ("system", "user", "assistant")
+
+_FORMATS: dict[str, Callable[[Lines], Rows]] = {".jsonl": JsonRows, ".csv": CsvRows}
+_RECORD_BYTES = 700
+"""Memory of a record of two short turns without their texts."""
 
 
 class Message(NamedTuple):
@@ -71,61 +77,105 @@ class Columns(Section):
     group: str | None = "group"
 
 
+@dataclass(frozen=True)
+class Intake:
+    """The records of one file, how many rows and lines it had, and what was left out."""
+
+    path: Path
+    records: list[Record]
+    lines: int
+    refusals: tuple[Refusal, ...] = ()
+    refused_file: Path | None = None
+
+    def summary(self) -> str:
+        """Return what was read, and in quarantine what was not, as text for a terminal."""
+        text = f"{shown(self.path)}: {len(self.records):,} records from {self.lines:,} lines"
+        if not self.refusals:
+            return text
+        first = "".join(f"\n  {refusal.reason}" for refusal in self.refusals[:3])
+        return f"{text}; {len(self.refusals):,} bad rows left out, written down in {self.refused_file}:{first}"
+
+
 def read_records(
     path: str | Path,
     columns: Columns | None = None,
     *,
     need_answer: bool = True,
     need_label: bool = False,
-    max_line_bytes: int = MAX_LINE_BYTES,
+    reading: ReadingSection | None = None,
 ) -> list[Record]:
+    """Read the records of a ``.jsonl`` or ``.csv`` file; see ``read_file``."""
+    return read_file(path, columns, need_answer=need_answer, need_label=need_label, reading=reading).records
+
+
+def read_file(
+    path: str | Path,
+    columns: Columns | None = None,
+    *,
+    need_answer: bool = True,
+    need_label: bool = False,
+    reading: ReadingSection | None = None,
+) -> Intake:
     """Read every record of a ``.jsonl`` or ``.csv`` file.
 
     Args:
-        path: the file; the suffix decides the format.
+        path: a regular file; the suffix decides the format.
         columns: which column holds what; the usual names by default.
         need_answer: whether each conversation must end with an assistant turn.
         need_label: whether each record must carry a label.
-        max_line_bytes: longest physical line accepted.
+        reading: what a file may have at most, and whether bad rows end the reading; by default they do.
 
     Raises:
-        DataError: ``file:line: reason`` for the first row that breaks the contract, or a file without records.
+        DataError: ``file:line: reason`` for the first row that breaks the contract (in quarantine: for too many of
+            them), a file that is none, too large, changes while it is read, or holds no records.
     """
-    path = Path(path)
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path}: expected a .jsonl or .csv file; convert it or rename it.")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give the path of a regular JSONL or CSV file.")
-    columns = columns or Columns()
-    rows = readers[path.suffix.lower()](path, max_line_bytes)
-    records = [_record(row, columns, source, need_answer, need_label) for source, row in rows]
+    path, reading = Path(path), reading or ReadingSection()
+    if path.suffix.lower() not in _FORMATS:
+        raise FileError(f"{shown(path)}: expected a .jsonl or .csv file; convert it or rename it.")
+    build = partial(_record, columns=columns or Columns(), need_answer=need_answer, need_label=need_label)
+    with opened(path, FileError) as handle:
+        lines = Lines(handle, path, reading.limits)
+        aside = Quarantine(path, reading, count_lines(handle)) if reading.mode == "quarantine" else None
+        records = _collect(_FORMATS[path.suffix.lower()](lines), build, reading.limits, aside)
+    refusals = () if aside is None else tuple(aside.refusals)
+    refused_file = None if aside is None else aside.close(len(records) + len(refusals))
     if not records:
-        raise DataError(f"{path}: the file holds no records.")
-    return records
+        raise FileError(f"{shown(path)}: the file holds no records.")
+    return Intake(path, records, lines.number, refusals, refused_file)
 
 
-def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[str, str]]:
-    """Yield (``file:line``, text with its line end) for every physical line."""
-    with path.open("rb") as handle:
-        number = 0
-        while raw := handle.readline(max_line_bytes + 2):
-            number += 1
-            source = f"{path}:{number}"
-            if len(raw.rstrip(b"\r\n")) > max_line_bytes:
-                raise DataError(f"{source}: the line has more than {max_line_bytes} bytes; split the record.")
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            try:
-                yield source, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{source}: not valid UTF-8 at byte {error.start}; save the file as UTF-8.") from error
+def _collect(rows: Rows, build: Callable[[Row], Record], limits: Limits, aside: Quarantine | None) -> list[Record]:
+    records: list[Record] = []
+    held, most = 0, limits.file_bytes * 3 // 2
+    while True:
+        try:
+            record = build(next(rows))
+            _check_lengths(record, limits)
+        except StopIteration:
+            return records
+        except FileError:
+            raise
+        except DataError as error:
+            if aside is None:
+                raise
+            aside.add(error, rows.raw)
+        else:
+            records.append(record)
+            held += _RECORD_BYTES + sum(sys.getsizeof(message.content) for message in record.messages)
+            if held > most:
+                raise FileError(
+                    f"{rows.source}: the records take more than {most:,} bytes of memory up to here; "
+                    "split the file, or raise data.reading.limits.file_bytes."
+                )
 
 
-def _json_rows(path: Path, max_line_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    for source, line in _lines(path, max_line_bytes):
-        if line.strip():
-            yield source, parse_json_object(line, source)
+def _check_lengths(record: Record, limits: Limits) -> None:
+    for message in record.messages:
+        if len(message.content) > limits.text_characters:
+            raise DataError(
+                f"{record.source}: expected texts of at most {limits.text_characters:,} characters, got "
+                f"{len(message.content):,} in a {message.role} turn; split it."
+            )
 
 
 def parse_json_object(text: str, source: str) -> dict[str, Any]:
@@ -134,87 +184,11 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
     Raises:
         DataError: ``source: reason``.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise DataError(f"{source}: key {name!r} is given twice; keep one.")
-            seen.add(name)
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise DataError(f"{source}: {constant} is not a JSON number.")
-
-    try:
-        row = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError as error:
-        raise DataError(f"{source}: nested deeper than {MAX_DEPTH} levels.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not a complete JSON object ({error.msg} at column {error.colno}).") from error
-    except DataError:
-        raise
-    except ValueError as error:  # Python reads no integer of more than some thousand digits
-        raise DataError(f"{source}: a number has too many digits to be read ({error}).") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: expected a JSON object, got a {type(row).__name__}.")
-    _check_values(row, source)
-    return row
+    return parse_object(text, source, DataError)
 
 
-def _check_values(row: Mapping[str, Any], source: str) -> None:
-    waiting: list[tuple[Any, int]] = [(row, 1)]
-    while waiting:
-        value, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            raise DataError(f"{source}: nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(value, str):
-            _check_text(value, source)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise DataError(f"{source}: a number is too large to be finite.")
-        elif isinstance(value, dict):
-            waiting += [(part, depth + 1) for item in value.items() for part in item]
-        elif isinstance(value, list):
-            waiting += [(part, depth + 1) for part in value]
-
-
-def _check_text(text: str, source: str) -> None:
-    if "\x00" in text:
-        raise DataError(f"{source}: a text contains the NUL character.")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{source}: a text contains a lone surrogate, which is not a character.")
-
-
-def _csv_rows(path: Path, max_line_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.reader((line for _, line in _lines(path, max_line_bytes)), strict=True)
-    header: list[str] | None = None
-    while True:
-        source = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(f"{source}: not readable as CSV ({error}).") from error
-        if not cells:
-            continue
-        for cell in cells:
-            _check_text(cell, source)
-        if header is None:
-            header = _csv_header(cells, source)
-        elif len(cells) != len(header):
-            raise DataError(f"{source}: expected {len(header)} columns as in the header, got {len(cells)}.")
-        else:
-            yield source, dict(zip(header, cells, strict=True))
-
-
-def _csv_header(cells: list[str], source: str) -> list[str]:
-    if len(set(cells)) != len(cells) or not all(cells):
-        raise DataError(f"{source}: the header needs one distinct non-empty name per column, got {cells}.")
-    return cells
-
-
-def _record(row: Mapping[str, Any], columns: Columns, source: str, need_answer: bool, need_label: bool) -> Record:
+def _record(found: Row, columns: Columns, need_answer: bool, need_label: bool) -> Record:
+    source, row = found
     messages = _messages(row, columns, source) if columns.messages in row else _turns(row, columns, source, need_answer)
     if need_answer and messages[-1].role != "assistant":
         raise DataError(f"{source}: the conversation must end with an assistant turn to learn from.")
@@ -224,22 +198,24 @@ def _record(row: Mapping[str, Any], columns: Columns, source: str, need_answer: 
 def _messages(row: Mapping[str, Any], columns: Columns, source: str) -> tuple[Message, ...]:
     turns = row[columns.messages]
     if isinstance(turns, str):  # a CSV cell
-        turns = parse_json_object(f'{{"turns": {turns}}}', source)["turns"]
+        turns = parse_value(turns, source, DataError)
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{source}: {columns.messages!r} must be a list of turns, got {type(turns).__name__}.")
     messages = tuple(_message(turn, source) for turn in turns)
     roles = [message.role for message in messages]
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        raise DataError(f"{source}: turns must alternate user, assistant after an optional system turn, got {roles}.")
+        raise DataError(
+            f"{source}: turns must alternate user, assistant after an optional system turn, got {short(roles)}."
+        )
     return messages
 
 
 def _message(turn: Any, source: str) -> Message:
     if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-        raise DataError(f"{source}: a turn is an object with the keys role and content, got {turn!r:.80}.")
+        raise DataError(f"{source}: a turn is an object with the keys role and content, got {short(turn)}.")
     if turn["role"] not in ROLES:
-        raise DataError(f"{source}: unknown role {turn['role']!r}; expected one of {', '.join(ROLES)}.")
+        raise DataError(f"{source}: unknown role {short(turn['role'])}; expected one of {', '.join(ROLES)}.")
     return Message(turn["role"], _text(turn["content"], f"content of a {turn['role']} turn", source))
 
 
@@ -257,13 +233,18 @@ def _turns(row: Mapping[str, Any], columns: Columns, source: str, need_answer: b
     return tuple(messages)
 
 
+def _names(row: Mapping[str, Any]) -> str:
+    some = ", ".join(name if len(name) <= 40 else short(name) for name in list(row)[:20])
+    return some if len(row) <= 20 else f"{some} and {len(row) - 20} more"
+
+
 def _usual(row: Mapping[str, Any], names: Sequence[str], role: str, source: str) -> str:
     found = [name for name in names if name in row]
     if len(found) != 1:
         state = "none of them is there" if not found else f"{' and '.join(found)} are both there"
         raise DataError(
             f"{source}: expected one column out of {', '.join(names)}, but {state}; name it in data.columns.{role}. "
-            f"Columns of this row: {', '.join(row)}."
+            f"Columns of this row: {_names(row)}."
         )
     return found[0]
 
@@ -272,7 +253,7 @@ def _filled(row: Mapping[str, Any], column: str, source: str) -> str:
     names = re.findall(r"\{(\w+)\}", column) or [column]
     missing = [name for name in names if name not in row]
     if missing:
-        raise DataError(f"{source}: no column {missing[0]!r}; columns of this row: {', '.join(row)}.")
+        raise DataError(f"{source}: no column {missing[0]!r}; columns of this row: {_names(row)}.")
     if names == [column]:
         return _text(row[column], column, source)
     return re.sub(r"\{(\w+)\}", lambda match: _text(row[match[1]], match[1], source), column)
@@ -282,7 +263,7 @@ def _text(value: Any, name: str, source: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{source}: {name} must be a non-empty text, got {value!r:.80}.")
+        raise DataError(f"{source}: {name} must be a non-empty text, got {short(value)}.")
     return value
 
 
@@ -294,7 +275,7 @@ def _label(row: Mapping[str, Any], columns: Columns, source: str, need_label: bo
         return None
     if not isinstance(value, str):
         raise DataError(
-            f"{source}: a label is a name such as ALLOW, got {value!r}; if the column means something else, "
+            f"{source}: a label is a name such as ALLOW, got {short(value)}; if the column means something else, "
             "set data.columns.label to null."
         )
     try:

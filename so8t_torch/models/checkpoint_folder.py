@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,9 +13,12 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from so8t_torch.core.errors import ConfigError, DataError
+from so8t_torch.core.errors import ConfigError, DataError, SO8TError
+from so8t_torch.core.files import shown
+from so8t_torch.core.json_text import read_object, short
+from so8t_torch.core.weights import check_weights, stored_tensors
 
 __all__ = ["Checkpoint", "free_folder", "in_one_step", "model_class", "open_checkpoint", "tensors_of"]
 
@@ -50,24 +52,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         DataError: there are none, the index is unreadable, or a file is missing or damaged.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{index}: expected a JSON index with a weight_map; it cannot be read: {error}") from error
-    elif single.is_file():
-        with _opened(single) as file:
-            files = dict.fromkeys(file.keys(), single.name)
-    else:
-        raise DataError(
-            f"{folder}: expected model.safetensors or model.safetensors.index.json; other formats are not read. "
-            "Save the model again with save_pretrained."
-        )
-    for name in sorted(set(files.values()), key=str):
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise DataError(f"{folder}: the index names {name!r}, which is not a file there; complete the checkpoint.")
-    return Checkpoint(folder, files)
+    return Checkpoint(folder, stored_tensors(folder, DataError))
 
 
 def model_class(folder: Path) -> Any:
@@ -80,15 +65,24 @@ def model_class(folder: Path) -> Any:
         ConfigError: it cannot be read, names no class of transformers, or says that the weights are quantised.
     """
     try:
-        config = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: no model configuration can be read there. The library says: {error}") from error
+        read_object(folder / "config.json", ConfigError)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except SO8TError:
+        raise
+    except Exception as error:  # a library's reader fails in many ways on values it did not expect
+        raise ConfigError(
+            f"{shown(folder)}: no model configuration can be read there. The library says: {error!s:.400}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{folder}: expected plain weights, got a quantised checkpoint; dequantise it first.")
-    name = next(iter(getattr(config, "architectures", None) or ()), None)
-    if name is None or not hasattr(transformers, name):
-        raise ConfigError(f"{folder}: expected an architecture that transformers has, got {name!r} in config.json.")
-    return getattr(transformers, name)
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    kind = None if name is None else getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ConfigError(
+            f"{shown(folder)}: expected an architecture that transformers has, got {short(names)} in config.json."
+        )
+    return kind
 
 
 def in_one_step(target: Path, fill: Callable[[Path], None]) -> None:
@@ -150,6 +144,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def _opened(path: Path) -> Any:
+    check_weights(path, DataError)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from so8t_torch.core.errors import ConfigError, DataError, DomainError
+from so8t_torch.core.json_text import read_object, short
+from so8t_torch.core.weights import is_plain_name
 from so8t_torch.models.checkpoint_folder import (
     Checkpoint,
     free_folder,
@@ -178,7 +180,7 @@ def load_compressed(directory: str | Path, **arguments: Any) -> Any:
     state[record["key"]] = layer.stored_cores()[0].new_zeros(1).expand(layer.vocab_size, layer.d_model)
     model, loading = model_class(folder).from_pretrained(
         None,
-        config=AutoConfig.from_pretrained(str(folder)),
+        config=AutoConfig.from_pretrained(str(folder), trust_remote_code=False),
         state_dict=state,
         **arguments,
         output_loading_info=True,
@@ -240,7 +242,7 @@ def _skeleton(folder: Path) -> Any:
     """Return the model without numbers: shapes and names alone."""
     kind = model_class(folder)
     with torch.device("meta"):
-        return kind(AutoConfig.from_pretrained(str(folder)))
+        return kind(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
 
 
 def _embedding_of(model: Any) -> tuple[str, int | None, bool]:
@@ -346,21 +348,24 @@ def _write_train(staging: Path, record: dict[str, Any], layer: HolographicTTEmbe
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such file; expected a folder written by so8t compress-embedding.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); copy the folder again.") from error
+    record = read_object(path, DataError)
     needed = {"files", "module", "key", "tied"}
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not needed <= set(record):
-        raise DataError(f"{path}: expected a description of format {FORMAT}, got {record!r:.80}.")
+    if record.get("format") != FORMAT or not needed <= set(record):
+        raise DataError(f"{path}: expected a description of format {FORMAT}, got {short(record)}.")
+    if not isinstance(record["files"], list) or not all(map(is_plain_name, record["files"])):
+        raise DataError(f"{path}: expected names of files beside it, got {short(record['files'])}.")
+    for name in ("module", "key"):
+        if not isinstance(record[name], str):
+            raise DataError(f"{path}: expected {name} to be a name, got {short(record[name])}.")
     return record
 
 
 def _stored_layer(folder: Path, record: dict[str, Any]) -> HolographicTTEmbedding:
     state = tensors_of(folder / CORES)
     try:
+        _check_sizes(record, state)
         layer = HolographicTTEmbedding(
             record["vocab_size"],
             record["d_model"],
@@ -377,3 +382,12 @@ def _stored_layer(folder: Path, record: dict[str, Any]) -> HolographicTTEmbeddin
     except (KeyError, TypeError, ConfigError, DomainError, RuntimeError) as error:
         raise DataError(f"{folder}: {DESCRIPTION} and {CORES} do not belong together: {error}") from error
     return layer
+
+
+def _check_sizes(record: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Refuse a description of other cores than the stored ones, before memory is asked for as it says."""
+    ranks = (1, *record["ranks"], 1)
+    described = list(zip(record["vocab_factors"], ranks, ranks[1:], record["feature_factors"], strict=False))
+    stored = [tuple(state[f"core{k + 1}"].shape) for k in range(len(described))]
+    if described != stored:
+        raise DomainError(f"expected cores of shapes {short(described)}, got {short(stored)}.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,12 +24,16 @@ from transformers import (
 
 from so8t_torch.adapter import SO8TConfig
 from so8t_torch.core.errors import ConfigError
+from so8t_torch.core.files import read_text
+from so8t_torch.core.weights import check_folder
 from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded, EncodingReport, encode_records
-from so8t_torch.data.records import Record, read_records
+from so8t_torch.data.records import Record, read_file
 from so8t_torch.data.scenarios import scenario_records
-from so8t_torch.train.config import AdapterSection, LoadingSection, TrainConfig
+from so8t_torch.train.config import AdapterSection, DataSection, LoadingSection, TrainConfig
 from so8t_torch.train.trainer import check_trainable
+
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,18 @@ def thread_count(config: TrainConfig) -> int:
 
 @contextmanager
 def _reading(what: str, source: str) -> Iterator[None]:
-    """Turn the library's error about a missing file into one that names the setting."""
+    """Check a local folder, and turn the library's error into one that names the setting."""
+    if os.path.isdir(source):
+        try:
+            check_folder(Path(source), ConfigError)
+        except ConfigError as error:
+            raise ConfigError(f"base.path {source!r:.400}: no model can be read there. {error}") from error
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"base.path {source!r}: no {what} can be read there. Give a local folder with config.json, the weights and "
-            f"tokenizer.json, or a hub id on a machine with network. The library says: {error}"
+            f"base.path {source!r:.400}: no {what} can be read there. Give a local folder with config.json, the "
+            f"weights and tokenizer.json, or a hub id on a machine with network. The library says: {error!s:.400}"
         ) from error
 
 
@@ -100,11 +110,11 @@ def read_template(path: Path) -> str:
     """Return a chat template.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is no text of at most 1 MiB.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ConfigError(f"data.template: no file at {path}; give a Jinja file, or null for the tokenizer's own.")
-    return path.read_text(encoding="utf-8")
+    return read_text(path, ConfigError, limit=MAX_TEMPLATE_BYTES)
 
 
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
@@ -114,7 +124,7 @@ def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast
         ConfigError: there is no fast tokenizer at ``source``.
     """
     with _reading("tokenizer", source):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ConfigError(f"{source}: a fast tokenizer is needed (character offsets tell the answer from the prompt).")
     return tokenizer
@@ -134,6 +144,8 @@ def load_model(source: str, revision: str | None, loading: LoadingSection) -> Pr
             dtype=dtype,
             quantization_config=quantization(loading, dtype),
             attn_implementation=loading.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     model.config.use_cache = False
     if loading.quantization != "none" and loading.float32_rest:
@@ -195,10 +207,16 @@ def records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
         return scenario_records(data.scenarios, "train"), scenario_records(data.scenarios, "held_out")
     assert data.train is not None, "the settings were checked: data has scenarios or train"
     need = config.adapter.train_gates == "routed"
-    train = read_records(data.train, data.columns, need_label=need)
+    train = _read(data, data.train, need)
     if data.eval is None:
         return train, []
-    return train, read_records(data.eval, data.columns, need_label=need or config.evaluation.triage)
+    return train, _read(data, data.eval, need or config.evaluation.triage)
+
+
+def _read(data: DataSection, path: Path, need_label: bool) -> list[Record]:
+    found = read_file(path, data.columns, need_label=need_label, reading=data.reading)
+    Console(stderr=True).print(found.summary(), markup=False, highlight=False, soft_wrap=True)
+    return found.records
 
 
 def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = True) -> TrainingArguments:

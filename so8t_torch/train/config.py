@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from so8t_torch.core.config import Section
 from so8t_torch.data.chat import TooLong
+from so8t_torch.data.intake import ReadingSection
 from so8t_torch.data.records import Columns
 from so8t_torch.data.scenarios import ScenarioSection
 from so8t_torch.train.scratch import ScratchBase
@@ -68,6 +69,7 @@ class DataSection(Section):
     eval: Path | None = None
     scenarios: ScenarioSection | None = None
     columns: Columns = Columns()
+    reading: ReadingSection = ReadingSection()
     template: Path | None = None
     max_length: Positive = 1024
     too_long: TooLong = "truncate"

@@ -113,7 +113,7 @@ def base_configuration(config: TrainConfig) -> PreTrainedConfig:
         return architecture(section, section.vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     source, revision = base_source(config)
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"base.path {section.path!r}: no model configuration there. Give a local folder with config.json, or a hub "

@@ -327,7 +327,7 @@ def evaluate_run(run: str | Path, data: str | Path | None = None) -> TriageRepor
 
 def _evaluation_records(config: TrainConfig, data: str | Path | None) -> list[Record]:
     if data is not None:
-        return read_records(data, config.data.columns, need_answer=False, need_label=True)
+        return read_records(data, config.data.columns, need_answer=False, need_label=True, reading=config.data.reading)
     held_out = building.records(config)[1]
     if not held_out:
         raise ConfigError("The run has no held-out data of its own; name a labelled file with --data.")

@@ -250,8 +250,8 @@ def test_prompts_come_from_json_from_lines_and_from_the_call(make_adapter, tmp_p
         read_prompts(tmp_path / "d.json")
     for name, content, reason in (
         ("e.json", b'{"texts": "one string, not four"}', "expected prompts as"),
-        ("f.json", b'["cut off', "not complete JSON"),
-        ("g.json", b'{"texts"', "not complete JSON"),
+        ("f.json", b'["cut off', "not a complete JSON"),
+        ("g.json", b'{"texts"', "not a complete JSON"),
         ("h.txt", b"gate \xff", "not valid UTF-8 at byte 5"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -112,7 +112,7 @@ def test_a_file_without_records_is_refused(tmp_path, name, content):
 
 def test_a_folder_is_not_a_file(tmp_path):
     (tmp_path / "rows.jsonl").mkdir()
-    with pytest.raises(DataError, match="regular JSONL"):
+    with pytest.raises(DataError, match="expected a regular file, got a folder"):
         read_records(tmp_path / "rows.jsonl")
 
 
