@@ -117,11 +117,11 @@ def operate(
             within = parts.within if within is None else within + parts.within
             tiles.append(Tile(state, parts))
     pairs = within.unbind(1) if within is not None else ()
-    for c, (target, given, pair) in enumerate(zip(y.unbind(1), inputs.unbind(1), pairs, strict=False)):
+    for c, (target, values, pair) in enumerate(zip(y.unbind(1), inputs.unbind(1), pairs, strict=False)):
         runs = None if run is None else run[:, c]
-        target.baddbmm_(pair, given, beta=0.0)
+        target.baddbmm_(pair, values, beta=0.0)
         for tile in tiles:
-            tile.advance(c, target, given, runs)
+            tile.advance(c, target, values, runs)
         if wild is not None and _readable(x):
             _add_wild(c, target, x[:, c], wild[:, c], pair, tiles, runs)
     if within is None:
