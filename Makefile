@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types contracts kernels parity bench clean
+.PHONY: demo test lint types contracts kernels parity bench soak clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,6 +35,9 @@ bench: $(INSTALLED)           ## benchmarks beside peers; JSON and plots under d
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	failed=0; for claim in rotation train_step lns tensor_train linear_recurrence semiseparable tridiagonal \
 		hebbian snr_filter resonance; do $(BIN)/python -m benchmarks.$$claim || failed=1; done; exit $$failed
+
+soak: $(INSTALLED)            ## hours of faults: kills, damages, broken numbers, disks, hostile files, drawn examples; a table
+	$(BIN)/python -m tests.faults.soak
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
