@@ -140,6 +140,23 @@ def test_a_dropped_step_is_in_no_log_and_the_next_ones_are_right(built):
         assert row["loss/total"] == pytest.approx(row["loss/lm"] + row["loss/pet_weighted"], rel=1e-2)
 
 
+def test_a_run_taken_up_after_a_dropped_step_logs_what_the_whole_run_logs(built):
+    with injected("loss", "nan", {2}) as injection:
+        whole = train(built, injection, recording={"every_steps": 3})
+    config, job, _ = built
+    config = config.model_copy(update={"recording": config.recording.model_copy(update={"every_steps": 3})})
+    folder = RunFolder(config.output_dir)
+    arguments = building.training_arguments(config, folder.checkpoints, first=False)
+    again = run._trainer(config, job, arguments, folder, ())
+    run._train(again, folder, folder.checkpoints / "checkpoint-2", None)
+    both = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in t.state.log_history if "loss/total" in row]
+        for t in (whole, again)
+    ]
+    assert both[0] == both[1]
+    assert again.guard.ladder.state() == whole.guard.ladder.state()
+
+
 def test_faults_without_end_stop_with_a_post_mortem_and_leave_the_checkpoint(built):
     with (
         injected("one_gradient", "nan", set(range(3, 30))) as injection,

@@ -145,7 +145,7 @@ def test_a_process_that_dies_right_after_a_roll_back_goes_on_behind_it(settings,
     there = {path.name for path in (config.output_dir / "checkpoints").iterdir()}
     assert "checkpoint-6" in there
     recovery = read_recovery(config.output_dir)
-    assert (recovery.rollbacks, recovery.skipped, recovery.extras) == (1, ((8, 16),), {"counter": {"seen": 8}})
+    assert (recovery.rollbacks, recovery.skipped, recovery.extras["counter"]) == (1, ((8, 16),), {"seen": 8})
     resumed = run_training(config, resume="auto")
     (told,) = events(config.output_dir, "resume")
     assert told["checkpoint"].endswith("checkpoint-4")
