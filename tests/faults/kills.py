@@ -1,7 +1,7 @@
 """Runs that are killed, gone on with, and compared bit for bit with the run that nobody disturbed.
 
 A cell is one way to train; a kill is a moment drawn from a seed: at a time, in the middle of a step, or before or
-within one of the file operations that make a checkpoint. At least every second kill is of the last kind.
+within one of the file operations that make a checkpoint. The first kill of every run is of the last kind.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from so8t_torch.train.folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 FACTORS = ("dropout", "accumulation", "checkpointing", "nf4", "ramp", "mid_epoch")
+KINDS = ("write", "seconds", "micro_batch")
 STEPS = 8
 TIMES = re.compile(r"second|runtime|time")
 
@@ -170,9 +171,9 @@ def undisturbed(zygote: Zygote, config: TrainConfig) -> Quiet:
     return Quiet(trace(config.output_dir), int(count.read_text()), micro_batches, time.monotonic() - began)
 
 
-def moment(source: random.Random, quiet: Quiet) -> dict[str, Any]:
+def moment(source: random.Random, quiet: Quiet, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Draw when to die."""
-    kind = source.choice(("write", "write", "seconds", "micro_batch"))
+    kind = source.choice(kinds)
     if kind == "write":
         return {"write": source.randint(1, quiet.writes), "torn": source.random()}
     if kind == "seconds":
@@ -199,7 +200,9 @@ def disturbed(
     shutil.rmtree(config.output_dir, ignore_errors=True)
     log = config.output_dir.with_suffix(".log")
     for left in range(kills, -1, -1):
-        fault = moment(source, quiet) if left else {}
+        # the first kill of every run falls inside a write
+        kinds = KINDS[:1] if left == kills else KINDS
+        fault = moment(source, quiet, kinds) if left else {}
         status = zygote.train(config, fault, log=log)
         if status == 0:
             return
