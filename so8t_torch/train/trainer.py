@@ -307,13 +307,18 @@ class SO8TTrainer(CheckpointedTrainer):
 
     def loop_state(self) -> dict[str, Any]:
         """Return the sums of this process since the last log entry."""
-        return super().loop_state() | {"meter": self._meter.state(), "settings": self._settings}
+        return super().loop_state() | {
+            "meter": self._meter.state(),
+            "settings": self._settings,
+            "counts": [self.guard.kept, self.guard.dropped],
+        }
 
     def load_loop_state(self, state: Mapping[str, Any]) -> None:
         """Take up what ``loop_state`` returned."""
         super().load_loop_state(state)
         self._meter.load(state["meter"])
         self._settings = dict(state["settings"])
+        self.guard.kept, self.guard.dropped = state["counts"]
 
     def phases(self) -> dict[str, Any]:
         """Return the place in the schedules, the penalty's weight among them."""

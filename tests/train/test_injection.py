@@ -140,6 +140,23 @@ def test_a_dropped_step_is_in_no_log_and_the_next_ones_are_right(built):
         assert row["loss/total"] == pytest.approx(row["loss/lm"] + row["loss/pet_weighted"], rel=1e-2)
 
 
+def test_a_run_taken_up_after_a_dropped_step_logs_what_the_whole_run_logs(built):
+    with injected("loss", "nan", {2}) as injection:
+        whole = train(built, injection, recording={"every_steps": 3})
+    config, job, _ = built
+    config = config.model_copy(update={"recording": config.recording.model_copy(update={"every_steps": 3})})
+    folder = RunFolder(config.output_dir)
+    arguments = building.training_arguments(config, folder.checkpoints, first=False)
+    again = run._trainer(config, job, arguments, folder, ())
+    run._train(again, folder, folder.checkpoints / "checkpoint-2", None)
+    both = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in t.state.log_history if "loss/total" in row]
+        for t in (whole, again)
+    ]
+    assert both[0] == both[1]
+    assert again.guard.ladder.state() == whole.guard.ladder.state()
+
+
 def test_faults_without_end_stop_with_a_post_mortem_and_leave_the_checkpoint(built):
     with (
         injected("one_gradient", "nan", set(range(3, 30))) as injection,
@@ -224,12 +241,15 @@ def test_a_layer_implicated_twice_is_reset_where_that_is_allowed(built):
 class Shy:
     """Runs out of memory like a small card: over so many rows at once, or without checkpointing."""
 
-    def __init__(self, model, rows, *, checkpointing, times=10**6):
-        self.model, self.rows, self.checkpointing, self.times = model, rows, checkpointing, times
+    def __init__(self, model, rows, *, checkpointing, times=10**6, after=0):
+        self.model, self.rows, self.checkpointing, self.times, self.after = model, rows, checkpointing, times, after
         self.hook = model.get_base_model().model.layers[1].register_forward_hook(self)
 
     def __call__(self, module, _inputs, output):
         if not module.training or not self.times:
+            return
+        self.after -= 1
+        if self.after >= 0:
             return
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         if hidden.shape[0] > self.rows or (self.checkpointing and not self.model.is_activation_checkpointing):
@@ -255,21 +275,23 @@ def shy(built):
 
 
 @pytest.mark.parametrize(
-    ("rows", "checkpointing", "times", "expected"),
+    ("rows", "checkpointing", "times", "after", "expected"),
     [
-        (1, False, 1, ["free"]),
-        (2, True, 10**6, ["free", "checkpointing"]),
-        (1, False, 10**6, ["free", "checkpointing", "split"]),
+        (1, False, 1, 2, ["free"]),
+        (2, True, 10**6, 1, ["free", "checkpointing"]),
+        (1, False, 10**6, 4, ["free", "checkpointing", "split"]),
     ],
     ids=["free", "checkpointing", "split"],
 )
-def test_memory_is_found_on_the_live_model_and_training_is_the_same(built, shy, rows, checkpointing, times, expected):
-    """Accumulation of three micro-batches: what was added up before the failure is not counted twice."""
+def test_memory_is_found_on_the_live_model_and_training_is_the_same(
+    built, shy, rows, checkpointing, times, after, expected
+):
+    """Accumulation of three micro-batches, failing in the second or third: what was added up is not counted twice."""
     sections = {"training": {"accumulation": 3, "max_steps": 2}}
     clean = train(built, **sections)
     wanted = {name: p.detach().clone() for name, p in trainable(clean.model).items()}
     logged = [row["loss/lm"] for row in clean.state.log_history if "loss/lm" in row]
-    shy(rows, checkpointing=checkpointing, times=times)
+    shy(rows, checkpointing=checkpointing, times=times, after=after)
     trainer = train(built, **sections)
     assert remedies(built) == expected
     for name, p in trainable(trainer.model).items():
