@@ -267,7 +267,7 @@ def test_the_first_save_announces_and_a_refused_plan_saves_nothing(settings, cap
     run = run_training(config)
     assert run.steps == 4
     told = capsys.readouterr().err
-    assert told.count("logits are not saved: ") == 1
+    assert told.count("no logits are saved in this run: ") == 1
     assert "4 files in this run" in told
     assert "larger than the 1.0 KiB granted by save_logits_max_mb" in told
     assert not contents(run.directory / "logits")

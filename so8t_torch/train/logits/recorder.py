@@ -97,7 +97,7 @@ class LogitsRecorder(TrainerCallback):
     def _tell_all(self, notes: list[Note]) -> None:
         prefix = {
             "plan": "logits are saved: ",
-            "refused": "logits are not saved: ",
+            "refused": "no logits are saved in this run: ",
             "failed": "training goes on without saved logits: ",
             "dropped": "training goes on, logits are dropped: ",
         }

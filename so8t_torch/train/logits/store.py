@@ -36,7 +36,10 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 
 @dataclass(frozen=True)
 class Projection:
-    """What saving will take: bytes of one file, number of files over the run, bytes on disk at once and written."""
+    """What saving will take: bytes of one file, number of files in the run, bytes on disk at once.
+
+    ``free`` are the bytes on the disk that are free or hold files which will make way.
+    """
 
     file: int
     files: int
@@ -85,7 +88,8 @@ class Store:
         """Return what ``files`` files of ``file`` bytes will take."""
         self.prepare()
         at_once = min(file * min(files, self._max_files), max(self._max_bytes, file))
-        return Projection(file, files, at_once, shutil.disk_usage(self.folder).free)
+        free = shutil.disk_usage(self.folder).free + sum(self.files().values())
+        return Projection(file, files, at_once, free)
 
     def refusal(self, plan: Projection) -> str | None:
         """Return why this plan is absurd, or ``None``."""

@@ -118,7 +118,7 @@ class Writer:
             with self._state:
                 if why is not None:
                     self.refused = True
-                    self._notes.append(Note("refused", f"{plan.sentence()}: {why}; no logits are saved in this run"))
+                    self._notes.append(Note("refused", f"{plan.sentence()}: {why}"))
                     return False
                 self._notes.append(Note("plan", plan.sentence()))
         self._store.write(record)
