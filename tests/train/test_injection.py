@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -126,6 +127,28 @@ def test_the_weights_after_a_rollback_are_the_checkpoints(built):
         broken = ~torch.isfinite(first[name][1])
         assert torch.equal(moment[~broken], first[name][1][~broken])
         assert torch.isfinite(moment).all()
+
+
+def test_losses_are_compared_with_those_before_the_checkpoint(built):
+    """Where a model learns fast, losses of an older checkpoint would look like spikes beside those that came later."""
+
+    class Look(run.Recorder):
+        def on_step_begin(self, _args, state, _control, **_):
+            seen.append((state.global_step, len(trainers[0].guard.examination.state()["losses"])))
+
+    seen, trainers = [], []
+    look = Look(RunFolder(built[0].output_dir))
+    with injected("weight", "nan", {LAST}) as injection, patch.object(run, "_train", _noting(trainers, run._train)):
+        train(built, injection, look)
+    assert seen == [(step, step) for step in (0, 1, 2, 3, 4, 5, 4, 5)]
+
+
+def _noting(trainers, inner):
+    def outer(trainer, *args):
+        trainers.append(trainer)
+        inner(trainer, *args)
+
+    return outer
 
 
 def test_a_dropped_step_is_in_no_log_and_the_next_ones_are_right(built):
