@@ -35,12 +35,16 @@ def so8t_param_groups(model: nn.Module, lr: float, gate_lr: float, weight_decay:
         {"params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay, "name": "matrices"},
         {"params": [p for p in others if p.ndim <= 1], "lr": lr, "weight_decay": 0.0, "name": "vectors"},
     ]
-    _keep_full_state(list(gates.values()))
+    _keep_full_state(list(gates.values()), others)
     return [group for group in groups if group["params"]]
 
 
-def _keep_full_state(gates: list[nn.Parameter]) -> None:
+def _keep_full_state(gates: list[nn.Parameter], others: list[nn.Parameter]) -> None:
     if gates and importlib.util.find_spec("bitsandbytes") is not None:
         from bitsandbytes.optim import GlobalOptimManager
 
-        GlobalOptimManager.get_instance().override_config(gates, "optim_bits", 32)
+        manager = GlobalOptimManager.get_instance()
+        # known by address for as long as the process lives: one of these may lie where a gate of another model lay
+        for parameter in others:
+            manager.pid2config.pop(id(parameter), None)
+        manager.override_config(gates, "optim_bits", 32)
