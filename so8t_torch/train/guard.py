@@ -63,13 +63,24 @@ class Guard(TrainerCallback):
         return self.ladder.open_incident
 
     def state(self) -> dict[str, Any]:
-        """Return what ladder and detectors remember, as JSON values."""
-        return {"ladder": self.ladder.state(), "losses": self.examination.state()}
+        """Return where the ladder stands, as JSON values; a roll-back leaves it there."""
+        return {"ladder": self.ladder.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state`` returned."""
         self.ladder.load(state["ladder"])
+
+    def sight(self) -> dict[str, Any]:
+        """Return what goes back with the weights: the losses to compare with, and what was counted since the last log.
+
+        After a roll-back losses are as high as they were then; against later ones they would look like spikes.
+        """
+        return {"losses": self.examination.state(), "counts": [self.kept, self.dropped]}
+
+    def load_sight(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``sight`` returned."""
         self.examination.load(state["losses"])
+        self.kept, self.dropped = state["counts"]
 
     def remember_start(self, model: nn.Module) -> None:
         """Keep the numbers to which ``reinitialise`` resets a layer: those of the model as it was built."""
@@ -213,6 +224,7 @@ class Guard(TrainerCallback):
             "learning_rates": [_plain(float(group["lr"])) for group in optimizer.param_groups],
             "largest": {name: _plain(size) for kind in sizes.values() for name, size in kind.items()},
             **self.state(),
+            **self.sight(),
         }
         self.ladder.record(report)
         what = "the ladder stopped" if fault is None else f"{fault.cause.value}: {fault.detail}"

@@ -310,7 +310,7 @@ class SO8TTrainer(CheckpointedTrainer):
         return super().loop_state() | {
             "meter": self._meter.state(),
             "settings": self._settings,
-            "counts": [self.guard.kept, self.guard.dropped],
+            "guard": self.guard.sight(),
         }
 
     def load_loop_state(self, state: Mapping[str, Any]) -> None:
@@ -318,7 +318,7 @@ class SO8TTrainer(CheckpointedTrainer):
         super().load_loop_state(state)
         self._meter.load(state["meter"])
         self._settings = dict(state["settings"])
-        self.guard.kept, self.guard.dropped = state["counts"]
+        self.guard.load_sight(state["guard"])
 
     def phases(self) -> dict[str, Any]:
         """Return the place in the schedules, the penalty's weight among them."""
