@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,17 @@ def _names(header: bytes, path: str | Path, error: type[SO8TError]) -> list[str]
         raise error(
             f"{shown(path)}: expected at most {MAX_TENSORS:,} tensors, got {len(names):,}; store them in shards."
         )
+    _check_names(names, path, error)
+    return names
+
+
+def _check_names(names: Iterable[str], path: str | Path, error: type[SO8TError]) -> None:
     for name in names:
         if not name or len(name) > MAX_NAME or ".." in name or _CONTROL.search(name):
             raise error(
                 f"{shown(path)}: expected names of tensors like model.layers.0.weight of at most {MAX_NAME} "
                 f"characters, got {short(name)}."
             )
-    return names
 
 
 def is_plain_name(name: object) -> bool:
@@ -102,6 +107,7 @@ def read_index(path: Path, error: type[SO8TError]) -> dict[str, str]:
     files: Any = tree.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise error(f"{shown(path)}: expected a JSON index with a weight_map, got {short(tree)}; copy it again.")
+    _check_names(files, path, error)
     for name in sorted(set(map(str, files.values()))):
         if not is_plain_name(name) or not os.path.isfile(path.parent / name):
             raise error(

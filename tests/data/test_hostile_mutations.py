@@ -47,6 +47,7 @@ FOUND = (
     ("settings", 4116, "an error of 5,306 characters repeated the value"),
     ("adapter", 685, "the error named no file"),
     ("index", 1373, "a name longer than the system allows came out as an error of the system"),
+    ("index", 5939, "an error of 5,122 characters repeated the name of a tensor"),
 )
 
 

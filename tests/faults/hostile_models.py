@@ -274,6 +274,7 @@ FOLDERS = [
         _folder(_bytes(INDEX, b'{"weight_map": ["a"]}'), files={}),
         r"index with a weight_map",
     ),
+    Case("index of a tensor named ..", "folder", _folder(files={"../a": SHARD}), r"expected names of tensors.*'../a'"),
     Case("index of nothing", "folder", _folder(files={}), r"expected a JSON index with a weight_map"),
     Case(
         "index of 5,000 levels", "folder", _folder(_bytes(INDEX, b'{"a":' * 5000), files={}), r"nested deeper than 32"
