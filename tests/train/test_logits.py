@@ -17,7 +17,7 @@ from so8t_torch.core.errors import ConfigError
 from so8t_torch.train import building
 from so8t_torch.train.config import LogitsSection
 from so8t_torch.train.folder import RunFolder, read_metrics
-from so8t_torch.train.logits.capture import Capture
+from so8t_torch.train.logits.capture import Capture, _largest
 from so8t_torch.train.logits.reading import find_records, read_record
 from so8t_torch.train.logits.recorder import LogitsRecorder
 from so8t_torch.train.logits.store import NAME, Projection, Store
@@ -179,6 +179,19 @@ def again(taken):
     taken.begin(torch.zeros(24), torch.arange(24), labels, (1, 25))
     taken.chunk(logits, labels, functional.cross_entropy(logits, labels, reduction="none"))
     return taken
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 64, 65, 1536, 4096, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_logits_are_the_largest(vocabulary, dtype):
+    logits = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if vocabulary > 5:
+        logits[0, 3], logits[1, 4] = -math.inf, math.inf
+    count = min(64, vocabulary)
+    values, ids = _largest(logits, count)
+    assert torch.equal(values, logits.sort(1, descending=True).values[:, :count])
+    assert torch.equal(logits.gather(1, ids), values)
+    assert all(len(set(row)) == count for row in ids.tolist())
 
 
 def test_a_pass_that_is_repeated_replaces_the_first():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class Capture:
         if self._mode == "full":
             kept["logits"] = logits.to(self._dtype, copy=True)
         else:
-            values, ids = logits.topk(min(self._top_k, logits.shape[-1]))
+            values, ids = _largest(logits, min(self._top_k, logits.shape[-1]))
             kept |= {"values": values.to(self._dtype), "ids": ids.int()}
         return {name: _leave(value) for name, value in kept.items()}
 
@@ -87,6 +88,17 @@ class Capture:
             [self._expected, self._vocabulary],
             str(self._computed),
         )
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest logits of each row in falling order, and their ids."""
+    if logits.is_cuda or logits.dtype != torch.float32 or 64 * count <= logits.shape[-1]:
+        return logits.topk(count)
+    # where the share is that large, torch selects on a CPU four times slower than numpy
+    split = np.argpartition(logits.numpy(), logits.shape[-1] - count, axis=1)
+    ids = torch.from_numpy(split[:, -count:].copy())
+    values, order = logits.gather(1, ids).sort(1, descending=True)
+    return values, ids.gather(1, order)
 
 
 def _leave(value: Tensor) -> Tensor:
