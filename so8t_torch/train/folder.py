@@ -108,14 +108,15 @@ class RunFolder:
 
         Raises:
             ConfigError: there is nothing to go on from, or the settings differ from those the run began with.
-            CheckpointError: every checkpoint, or the one that was named, is damaged; the reasons are listed.
+            CheckpointError: every checkpoint, or the one that was named, is damaged or of another run; the reasons are
+                listed.
         """
         if self.config.is_file():
             self._same_run(config)
         recovery = read_recovery(self.path)
-        if resume != "auto":
-            return Start(self._named(resume), recovery, [])
         expected = checkpoints.Expected(config_hash(config), recovery)
+        if resume != "auto":
+            return Start(self._named(resume, expected), recovery, [])
         found, passed_over = checkpoints.newest(self.checkpoints, expected)
         begun = self.config.is_file() or (self.path.exists() and self._empty())
         if found is None and passed_over:
@@ -127,11 +128,13 @@ class RunFolder:
             )
         return Start(found, recovery, passed_over)
 
-    def _named(self, resume: str) -> Path:
+    def _named(self, resume: str, expected: checkpoints.Expected) -> Path:
         folder = Path(resume)
         if not folder.is_dir():
             raise ConfigError(f"--resume {resume}: no complete checkpoint at {folder}; start anew without --resume.")
-        checkpoints.verify(folder)
+        reason = expected.objection(checkpoints.verify(folder))
+        if reason is not None:
+            raise CheckpointError(f"--resume {resume}: {reason}; take --resume auto, or begin a new run.")
         return folder
 
     def write_recovery(self, recovery: Recovery) -> None:

@@ -47,10 +47,6 @@ if TYPE_CHECKING:
     from so8t_torch.safety.evaluation import TriageReport
 
 
-INSTABILITY = 100
-"""Steps after which a fault shows at the latest; one calm checkpoint older than that is always kept."""
-
-
 POST_MORTEM = "post_mortem.json"
 """What the recovery ladder leaves when it gives up."""
 
@@ -271,8 +267,8 @@ def _recorded(folder: RunFolder) -> Sink:
 def keeping(config: TrainConfig) -> Keeping:
     """Return how the run's checkpoints are marked, and how many stay."""
     versions = {name: version(name) for name in PACKAGES}
-    section = config.checkpoint
-    return Keeping(config_hash(config), versions, section.keep, section.keep_best, horizon=INSTABILITY)
+    section, horizon = config.checkpoint, config.recovery.rollback_distance
+    return Keeping(config_hash(config), versions, section.keep, section.keep_best, horizon)
 
 
 def _held_out_before(trainer: SO8TTrainer) -> float | None:
