@@ -188,6 +188,8 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
     """
     with StopSignals() as signals:
         trainer.add_callback(SaveAndStop(signals, every_minutes))
+        # the guard looks when every other callback has said whether this step is written down
+        trainer.add_callback(trainer.pop_callback(trainer.guard))
         while True:
             try:
                 trainer.train(None if checkpoint is None else str(checkpoint))
