@@ -142,8 +142,9 @@ def rotate(
     """Remove checkpoints that are no longer needed and return their names, youngest first.
 
     What stays: the ``keep`` youngest that verify, the youngest calm one, the youngest calm one at least ``horizon``
-    steps behind the youngest, the one that will take its place, and the best. Nothing is removed while none verifies. One that does not verify stays as
-    long as it is not older than every one of the ``keep``; one that a roll-back left behind goes.
+    steps behind the youngest, the one that will take its place, and the best. Nothing is removed while none verifies.
+    One that does not verify stays as long as it is not older than every one of the ``keep``; one that a roll-back left
+    behind goes.
 
     Args:
         checkpoints: folder of the run's checkpoints.

@@ -22,7 +22,7 @@ from so8t_torch.core.errors import CheckpointError, ConfigError
 from so8t_torch.data.records import parse_json_object
 from so8t_torch.train import checkpoints
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.journal import append_whole, json_line
+from so8t_torch.train.journal import Journal, append_whole, json_line
 from so8t_torch.train.manifest import write_bytes
 from so8t_torch.train.rollback import FILE, Recovery, read_recovery
 
@@ -59,6 +59,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.logits = path / "logits"
         self.evaluation = path / "eval"
+        self._journal = Journal(self.events)
 
     def begin(self, config: TrainConfig) -> None:
         """Create the folder for a new run, its configuration first, so that a run cut off here can go on.
@@ -153,8 +154,8 @@ class RunFolder:
             )
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one event with the time in seconds since 1970."""
-        append_json(self.events, {"event": kind, "time": round(time.time(), 3), **fields})
+        """Append one event with the time in seconds since 1970; it waits in memory while the disk refuses it."""
+        self._journal.add({"event": kind, "time": round(time.time(), 3), **fields})
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ before and after, the curves and, where asked, the triage report. Under torchrun
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from so8t_torch.train.dry_run import describe, trainable_groups
 from so8t_torch.train.environment import PACKAGES, environment, version
 from so8t_torch.train.folder import RunFolder, Start, config_hash, write_json
 from so8t_torch.train.guard import Guard
+from so8t_torch.train.journal import on_terminal
 from so8t_torch.train.ladder import Sink
 from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.out_of_memory import fitting
@@ -259,7 +261,10 @@ def _recorded(folder: RunFolder) -> Sink:
 
     def record(row: dict[str, Any]) -> None:
         if row["transition"] == "post-mortem":
-            write_json(folder.path / POST_MORTEM, row)
+            try:
+                write_json(folder.path / POST_MORTEM, row)
+            except OSError as error:  # the run stops for a reason of its own, which this must not hide
+                on_terminal(f"{folder.path / POST_MORTEM} cannot be written ({error}); it would say {json.dumps(row)}")
             row = {name: row[name] for name in ("transition", "step", "reason", "cause", "layer", "detail")}
         folder.event("recovery", **row)
 

@@ -1,5 +1,6 @@
 """Forty kinds of broken numbers in real training of a tiny model, and what running out of memory leads to."""
 
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from so8t_torch.train.guard import TrainingStopped
 from so8t_torch.train.out_of_memory import MemoryRelief, fitting
 from so8t_torch.train.plan import plan
 from tests.faults import soak_injection
+from tests.faults.disk import Fault, broken_disk
 from tests.faults.injection import EXPECTED, injected
 
 FAULT, LAST = 5, 6
@@ -200,9 +202,23 @@ def test_faults_without_end_stop_with_a_post_mortem_and_leave_the_checkpoint(bui
 
 
 def test_a_broken_state_with_nothing_to_go_back_to_stops(built):
-    with injected("weight", "nan", {1}) as injection, pytest.raises(TrainingStopped, match="no healthy checkpoint"):
-        train(built, injection)
+    with injected("weight", "nan", {2}) as injection, pytest.raises(TrainingStopped, match="no healthy checkpoint"):
+        train(built, injection, checkpoint={"every_steps": 4})
     assert not list((built[0].output_dir / "checkpoints").iterdir())
+
+
+def test_a_full_disk_does_not_hide_why_the_run_stopped(built, capsys):
+    full, records = OSError(errno.ENOSPC, "No space left"), Fault("open", errno.ENOSPC)
+    with (
+        broken_disk(built[0].output_dir / "events.jsonl", records),
+        patch.object(run, "write_json", side_effect=full),
+        injected("weight", "nan", {2}) as injection,
+        pytest.raises(TrainingStopped, match="no healthy checkpoint"),
+    ):
+        train(built, injection, checkpoint={"every_steps": 4})
+    told = capsys.readouterr().err
+    assert "post_mortem.json cannot be written" in told
+    assert told.count("events.jsonl wait in memory") == 1
 
 
 class Late(run.Recorder):
