@@ -157,3 +157,52 @@ def injected(place: str, value: str, steps: set[int]) -> Iterator[Injection]:
             yield injection
         finally:
             injection.on_train_end()
+
+
+class Late(TrainerCallback):
+    """Breaks a weight once, behind the optimiser: nobody looks at it there before the next step.
+
+    Args:
+        step: number of the optimiser step.
+        value: what is put there.
+        part: of the parameter's name.
+    """
+
+    def __init__(self, step: int, value: float, part: str = "") -> None:
+        self.step, self.value, self.part = step, value, part
+        self.done = False
+
+    def on_optimizer_step(self, _args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
+        """Break the weight."""
+        if state.global_step == self.step - 1 and not self.done:
+            self.done = True
+            with torch.no_grad():
+                next(p for name, p in trainable(model).items() if self.part in name).view(-1)[0] = self.value
+
+
+class Shy:
+    """Runs out of memory like a small card: over so many rows at once, or without checkpointing.
+
+    Args:
+        model: in training.
+        rows: that fit.
+        checkpointing: whether only a model that recomputes its activations fits.
+        times: how often it runs out at most.
+        after: passes that fit in any case, before.
+    """
+
+    def __init__(self, model: Any, rows: int, *, checkpointing: bool, times: int = 10**6, after: int = 0) -> None:
+        self.model, self.rows, self.checkpointing, self.times, self.after = model, rows, checkpointing, times, after
+        self.hook = model.get_base_model().model.layers[1].register_forward_hook(self)
+
+    def __call__(self, module: Any, _inputs: Any, output: Any) -> None:
+        """Run out of memory, if this pass is too large."""
+        if not module.training or not self.times:
+            return
+        self.after -= 1
+        if self.after >= 0:
+            return
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        if hidden.shape[0] > self.rows or (self.checkpointing and not self.model.is_activation_checkpointing):
+            self.times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

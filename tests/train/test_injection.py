@@ -25,7 +25,7 @@ from so8t_torch.train.out_of_memory import MemoryRelief, fitting
 from so8t_torch.train.plan import plan
 from tests.faults import soak_injection
 from tests.faults.disk import Fault, broken_disk
-from tests.faults.injection import EXPECTED, injected
+from tests.faults.injection import EXPECTED, Late, Shy, injected
 
 FAULT, LAST = 5, 6
 
@@ -221,23 +221,9 @@ def test_a_full_disk_does_not_hide_why_the_run_stopped(built, capsys):
     assert told.count("events.jsonl wait in memory") == 1
 
 
-class Late(run.Recorder):
-    """Breaks a weight behind the optimiser: nobody looks at it there before the next step."""
-
-    def __init__(self, built, step, value, part=""):
-        super().__init__(RunFolder(built[0].output_dir))
-        self.step, self.value, self.part, self.left = step, value, part, 1
-
-    def on_optimizer_step(self, _args, state, _control, model=None, **_):
-        if state.global_step == self.step - 1 and self.left:
-            self.left = 0
-            with torch.no_grad():
-                next(p for name, p in trainable(model).items() if self.part in name).view(-1)[0] = self.value
-
-
 def test_a_weight_broken_by_the_last_step_is_not_saved(built):
     """The scan before the checkpoint finds it."""
-    trainer = train(built, Late(built, LAST, math.inf))
+    trainer = train(built, Late(LAST, math.inf))
     assert [row["cause"] for row in events(built, "recovery")] == ["parameter"]
     assert events(built, "rollback")[0]["checkpoint"] == "checkpoint-4"
     assert all(torch.isfinite(p).all() for p in trainable(trainer.model).values())
@@ -246,13 +232,13 @@ def test_a_weight_broken_by_the_last_step_is_not_saved(built):
 
 def test_a_gate_broken_at_a_step_that_is_logged_is_rolled_back(built):
     """The log has the gate's angle, and a number that is not finite in a log ends the run."""
-    trainer = train(built, Late(built, FAULT, math.nan, "so8t_"))
+    trainer = train(built, Late(FAULT, math.nan, "so8t_"))
     assert [row["cause"] for row in events(built, "recovery")] == ["parameter"]
     assert trainer.state.global_step == LAST
 
 
 def test_a_finite_weight_that_cannot_be_is_not_saved_when_the_clock_asks(built):
-    trainer = train(built, Late(built, 3, 1e30), every_minutes=1e-9, recording={"every_steps": 50})
+    trainer = train(built, Late(3, 1e30), every_minutes=1e-9, recording={"every_steps": 50})
     assert [(row["step"], row["cause"]) for row in events(built, "recovery")] == [(3, "parameter")]
     assert events(built, "rollback")[0]["checkpoint"] == "checkpoint-2"
     assert trainer.state.global_step == LAST
@@ -293,25 +279,6 @@ def test_a_layer_implicated_twice_is_reset_where_that_is_allowed(built):
     assert all(torch.equal(after[name], built[2][name]) for name in reset), "as it was built"
     assert all(torch.equal(after[name], before[name]) for name in set(after) - reset)
     assert with_moments == set(after) - reset
-
-
-class Shy:
-    """Runs out of memory like a small card: over so many rows at once, or without checkpointing."""
-
-    def __init__(self, model, rows, *, checkpointing, times=10**6, after=0):
-        self.model, self.rows, self.checkpointing, self.times, self.after = model, rows, checkpointing, times, after
-        self.hook = model.get_base_model().model.layers[1].register_forward_hook(self)
-
-    def __call__(self, module, _inputs, output):
-        if not module.training or not self.times:
-            return
-        self.after -= 1
-        if self.after >= 0:
-            return
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        if hidden.shape[0] > self.rows or (self.checkpointing and not self.model.is_activation_checkpointing):
-            self.times -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def remedies(built):
