@@ -114,7 +114,7 @@ class RunFolder:
             self._same_run(config)
         recovery = read_recovery(self.path)
         if resume != "auto":
-            return Start(self._named(resume), recovery, [])
+            return Start(self._named(resume, config), recovery, [])
         expected = checkpoints.Expected(config_hash(config), recovery)
         found, passed_over = checkpoints.newest(self.checkpoints, expected)
         begun = self.config.is_file() or (self.path.exists() and self._empty())
@@ -127,11 +127,16 @@ class RunFolder:
             )
         return Start(found, recovery, passed_over)
 
-    def _named(self, resume: str) -> Path:
+    def _named(self, resume: str, config: TrainConfig) -> Path:
         folder = Path(resume)
         if not folder.is_dir():
             raise ConfigError(f"--resume {resume}: no complete checkpoint at {folder}; start anew without --resume.")
-        checkpoints.verify(folder)
+        objection = checkpoints.Expected(config_hash(config)).objection(checkpoints.verify(folder))
+        if objection is not None:
+            raise ConfigError(
+                f"--resume {resume}: {objection}, and a resumed run keeps its settings (only {', '.join(FREE_ON_RESUME)} "
+                "may change). Take the config.yaml of the run that wrote it, or begin a new run."
+            )
         return folder
 
     def write_recovery(self, recovery: Recovery) -> None:
