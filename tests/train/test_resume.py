@@ -126,7 +126,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_its_name_too(settings, tmp
     sections = {"training": {"max_steps": 2}, "checkpoint": {"every_steps": 2}}
     checkpoint = run_training(settings(**sections)).directory / "checkpoints/checkpoint-2"
     other = settings(output_dir=str(tmp_path / "other"), training={"max_steps": 2, "lr": 1e-3})
-    with pytest.raises(ConfigError, match="written under other settings, and a resumed run keeps its settings"):
+    with pytest.raises(ConfigError, match="written under other settings; a resumed run keeps its settings"):
         run_training(other, resume=str(checkpoint))
     assert not other.output_dir.exists()
 
