@@ -76,7 +76,7 @@ class CheckpointedTrainer(Trainer):
         self._resumed: Path | None = None
         self._digest = digest(rows)
         self._step_loss: tuple[int, Tensor | None] = (-1, None)
-        self._norm: float | None = None
+        self._norm: Any = None
         self.add_callback(_TakeUp(self))
 
     @property
@@ -151,9 +151,9 @@ class CheckpointedTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        self._norm = None if norm is None else float(norm)
-        return norm
+        # read only where a checkpoint is written: a step does not wait for it
+        self._norm = super()._get_grad_norm(*args, **kwargs)
+        return self._norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
@@ -204,7 +204,7 @@ class CheckpointedTrainer(Trainer):
             finite_parameters=parameters,
             finite_moments=moments,
             loss=self._last_loss(),
-            grad_norm=_number(self._norm),
+            grad_norm=None if self._norm is None else _number(float(self._norm)),
             held_out=measured[-1] if measured else None,
             orthogonality_error=self.orthogonality_error() if parameters else None,
             open_incident=any(extra.open_incident for extra in self.extras),

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from so8t_torch.core.errors import CheckpointError
-from so8t_torch.train.data_order import before
+from so8t_torch.train.data_order import before, merged
 from so8t_torch.train.manifest import NAME, FileEntry, Manifest, entry_of, listed, read_manifest, sync, write_bytes
+from so8t_torch.train.rollback import FILE as RECOVERY
 from so8t_torch.train.rollback import Recovery
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
@@ -40,10 +41,14 @@ class Expected:
         """Return why a checkpoint is not of this run, or ``None``."""
         if self.config_hash is not None and manifest.config_hash != self.config_hash:
             return "it was written under other settings"
-        left_out = manifest.skipped if self.recovery is None else self.recovery.skipped
-        if before(left_out, manifest.position) != before(manifest.skipped, manifest.position):
+        if self.recovery is None:
+            return None
+        ours, its = (before(spans, manifest.position) for spans in (self.recovery.skipped, manifest.skipped))
+        if ours == its:
+            return None
+        if merged([*ours, *its]) == ours:
             return "it learned from samples that a roll-back has since left out"
-        return None
+        return f"it left out samples that the run's {RECOVERY} does not name"
 
 
 def step_of(folder: Path) -> int | None:
@@ -137,8 +142,9 @@ def rotate(
     """Remove checkpoints that are no longer needed and return their names, youngest first.
 
     What stays: the ``keep`` youngest that verify, the youngest calm one, the youngest calm one at least ``horizon``
-    steps behind the youngest, and the best. Nothing is removed while none verifies. One that does not verify stays as
-    long as it is not older than every one of the ``keep``; one that a roll-back left behind goes.
+    steps behind the youngest, the one that will take its place, and the best. Nothing is removed while none verifies.
+    One that does not verify stays as long as it is not older than every one of the ``keep``; one that a roll-back left
+    behind goes.
 
     Args:
         checkpoints: folder of the run's checkpoints.
@@ -174,16 +180,21 @@ def _staying(good: list[tuple[int, Path, Manifest]], keep: int, best: bool, hori
     """Return the steps of the checkpoints to keep; ``good`` is sorted, youngest first."""
     staying = {step for step, _, _ in good[: max(1, keep)]}
     calm = [step for step, _, manifest in good if manifest.health.calm]
-    staying |= set(calm[:1]) | set([step for step in calm if step <= good[0][0] - horizon][:1])
+    behind = [step for step in calm if step <= good[0][0] - horizon]
+    # the oldest before the horizon grows into the next one behind it; without it there would never be any
+    staying |= {*calm[:1], *behind[:1], *calm[: len(calm) - len(behind)][-1:]}
     measured = [(m.health.held_out, step) for step, _, m in good if m.health.held_out is not None and m.health.calm]
     return staying | ({min(measured)[1]} if best and measured else set())
 
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint; its name goes first, so that a half-removed one is never taken for one."""
-    leaving = folder.with_name(f"{folder.name}{_TEMPORARY}{secrets.token_hex(4)}")
-    folder.rename(leaving)
-    shutil.rmtree(leaving)
+    shutil.rmtree(_leaving(folder))
+
+
+def _leaving(folder: Path) -> Path:
+    """Take a checkpoint's name away and return the folder's new one."""
+    return folder.rename(folder.with_name(f"{folder.name}{_TEMPORARY}{secrets.token_hex(4)}"))
 
 
 def sweep(checkpoints: Path) -> list[str]:
@@ -222,8 +233,9 @@ def publish(waiting: Path, manifest: Manifest) -> Path:
         sync(folder)
     write_bytes(waiting / NAME, manifest.model_copy(update={"files": files}).spelled())
     final_name = waiting.with_name(waiting.name.partition(_TEMPORARY)[0])
-    if final_name.exists() or final_name.is_symlink():
-        remove(final_name)
+    older = _leaving(final_name) if final_name.exists() or final_name.is_symlink() else None
     waiting.rename(final_name)
     sync(final_name.parent)
+    if older is not None:
+        shutil.rmtree(older)
     return final_name

@@ -143,12 +143,16 @@ def magnitudes(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         tensors: floating; an empty one counts as zero.
         device: where the result is wanted.
     """
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    parts = [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors]
     found = torch.zeros(len(parts), dtype=torch.float64, device=device)
-    filled = [i for i, part in enumerate(parts) if part.numel()]
-    if filled:
-        norms = torch._foreach_norm([parts[i].detach() for i in filled], math.inf)
-        found[filled] = torch.stack([norm.to(device, torch.float64) for norm in norms])
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, part in enumerate(parts):
+        if part.numel():
+            alike.setdefault((part.device, part.dtype), []).append(place)
+    # of one kind they are measured in one kernel, and moved in one
+    for places in alike.values():
+        norms = torch._foreach_norm([parts[place] for place in places], math.inf)
+        found[places] = torch.stack(norms).to(device, torch.float64)
     return found
 
 

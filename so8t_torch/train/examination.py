@@ -105,8 +105,8 @@ class Examination:
             "after": self._gradient_sizes(),
             **self._state_sizes(optimizer),
         }
-        sums, read = _read(sums, groups)
-        (language, total), norm = sums.tolist(), read["norm"]["norm"]
+        (language, total), read = _read(sums, groups)
+        norm = read["norm"]["norm"]
         fault = self._state.judge(read["parameters"], read["moments"])
         if fault is None and read["rate"]["rate"]:
             rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -192,11 +192,12 @@ def over_processes(sums: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     return sums, largest
 
 
-def _read(sums: Tensor, groups: Mapping[str, tuple[list[str], Tensor]]) -> tuple[Tensor, dict[str, Sizes]]:
-    """Bring named magnitudes to the host together, over all processes."""
+def _read(sums: Tensor, groups: Mapping[str, tuple[list[str], Tensor]]) -> tuple[list[float], dict[str, Sizes]]:
+    """Bring sums and named magnitudes to the host together, over all processes."""
     sums, largest = over_processes(sums, torch.cat([sizes for _, sizes in groups.values()]))
-    numbers = iter(largest.tolist())
-    return sums, {kind: {name: next(numbers) for name in names} for kind, (names, _) in groups.items()}
+    found = torch.cat([sums, largest]).tolist()
+    numbers = iter(found[len(sums) :])
+    return found[: len(sums)], {kind: {name: next(numbers) for name in names} for kind, (names, _) in groups.items()}
 
 
 def _broken(sizes: Sizes) -> bool:

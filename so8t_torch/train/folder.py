@@ -26,7 +26,7 @@ from so8t_torch.core.errors import CheckpointError, ConfigError
 from so8t_torch.data.records import parse_json_object
 from so8t_torch.train import checkpoints
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.journal import append_whole, json_line
+from so8t_torch.train.journal import Journal, append_whole, json_line
 from so8t_torch.train.manifest import write_bytes
 from so8t_torch.train.rollback import FILE, Recovery, read_recovery
 
@@ -64,6 +64,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.logits = path / "logits"
         self.evaluation = path / "eval"
+        self._journal = Journal(self.events)
 
     def begin(self, config: TrainConfig) -> None:
         """Create the folder for a new run, its configuration first, so that a run cut off here can go on.
@@ -148,16 +149,17 @@ class RunFolder:
 
         Raises:
             ConfigError: there is nothing to go on from, or the settings differ from those the run began with.
-            CheckpointError: every checkpoint, or the one that was named, is damaged; the reasons are listed.
+            CheckpointError: every checkpoint, or the one that was named, is damaged or of another run; the reasons are
+                listed.
         """
         with self.held():
             pass
         if self.config.is_file():
             self._same_run(config)
         recovery = read_recovery(self.path)
-        if resume != "auto":
-            return Start(self._named(resume, config), recovery, [])
         expected = checkpoints.Expected(config_hash(config), recovery)
+        if resume != "auto":
+            return Start(self._named(resume, expected), recovery, [])
         found, passed_over = checkpoints.newest(self.checkpoints, expected)
         begun = self.config.is_file() or (self.path.exists() and self._empty())
         if found is None and passed_over:
@@ -169,15 +171,16 @@ class RunFolder:
             )
         return Start(found, recovery, passed_over)
 
-    def _named(self, resume: str, config: TrainConfig) -> Path:
+    def _named(self, resume: str, expected: checkpoints.Expected) -> Path:
         folder = Path(resume)
         if not folder.is_dir():
             raise ConfigError(f"--resume {resume}: no complete checkpoint at {folder}; start anew without --resume.")
-        objection = checkpoints.Expected(config_hash(config)).objection(checkpoints.verify(folder))
+        objection = expected.objection(checkpoints.verify(folder))
         if objection is not None:
             raise ConfigError(
                 f"--resume {resume}: {objection}; a resumed run keeps its settings (only {', '.join(FREE_ON_RESUME)} "
-                "may change). Take the config.yaml of the run that wrote it, or begin a new run."
+                "may change) and its roll-backs. Take --resume auto, the config.yaml of the run that wrote it, or begin a "
+                "new run."
             )
         return folder
 
@@ -197,8 +200,8 @@ class RunFolder:
             )
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one event with the time in seconds since 1970."""
-        append_json(self.events, {"event": kind, "time": round(time.time(), 3), **fields})
+        """Append one event with the time in seconds since 1970; it waits in memory while the disk refuses it."""
+        self._journal.add({"event": kind, "time": round(time.time(), 3), **fields})
 
 
 def _taken(handle: int) -> bool:

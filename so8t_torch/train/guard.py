@@ -201,9 +201,10 @@ class Guard(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Scan parameters and moments before a checkpoint and at the end of the run."""
+        """Scan parameters and moments before anything of them is saved, measured or logged, and at the end."""
         del args, kwargs
-        if control.should_save or state.global_step >= state.max_steps:
+        written = control.should_save or control.should_evaluate or control.should_log
+        if written or state.global_step >= state.max_steps:
             self.check_state(getattr(optimizer, "optimizer", optimizer))
 
     def check_state(self, optimizer: torch.optim.Optimizer) -> None:

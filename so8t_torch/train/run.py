@@ -7,6 +7,7 @@ before and after, the curves and, where asked, the triage report. Under torchrun
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from so8t_torch.train.dry_run import describe, trainable_groups
 from so8t_torch.train.environment import PACKAGES, environment, version
 from so8t_torch.train.folder import RunFolder, Start, config_hash, write_json
 from so8t_torch.train.guard import Guard
+from so8t_torch.train.journal import on_terminal
 from so8t_torch.train.ladder import Sink
 from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.out_of_memory import fitting
@@ -46,10 +48,6 @@ from so8t_torch.train.trainer import SO8TTrainer
 
 if TYPE_CHECKING:
     from so8t_torch.safety.evaluation import TriageReport
-
-
-INSTABILITY = 100
-"""Steps after which a fault shows at the latest; one calm checkpoint older than that is always kept."""
 
 
 POST_MORTEM = "post_mortem.json"
@@ -210,6 +208,8 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
     """
     with StopSignals() as signals:
         trainer.add_callback(SaveAndStop(signals, every_minutes))
+        # the guard looks when every other callback has said whether this step is written down
+        trainer.add_callback(trainer.pop_callback(trainer.guard))
         while True:
             try:
                 trainer.train(None if checkpoint is None else str(checkpoint))
@@ -279,7 +279,10 @@ def _recorded(folder: RunFolder) -> Sink:
 
     def record(row: dict[str, Any]) -> None:
         if row["transition"] == "post-mortem":
-            write_json(folder.path / POST_MORTEM, row)
+            try:
+                write_json(folder.path / POST_MORTEM, row)
+            except OSError as error:  # the run stops for a reason of its own, which this must not hide
+                on_terminal(f"{folder.path / POST_MORTEM} cannot be written ({error}); it would say {json.dumps(row)}")
             row = {name: row[name] for name in ("transition", "step", "reason", "cause", "layer", "detail")}
         folder.event("recovery", **row)
 
@@ -289,8 +292,8 @@ def _recorded(folder: RunFolder) -> Sink:
 def keeping(config: TrainConfig) -> Keeping:
     """Return how the run's checkpoints are marked, and how many stay."""
     versions = {name: version(name) for name in PACKAGES}
-    section = config.checkpoint
-    return Keeping(config_hash(config), versions, section.keep, section.keep_best, horizon=INSTABILITY)
+    section, horizon = config.checkpoint, config.recovery.rollback_distance
+    return Keeping(config_hash(config), versions, section.keep, section.keep_best, horizon)
 
 
 def _held_out_before(trainer: SO8TTrainer) -> float | None:

@@ -84,10 +84,12 @@ def test_other_settings_and_samples_left_out_since_are_objections(tmp_path):
     publish(tmp_path, 3, position=16, skipped=[(4, 8)], rollbacks=1)
     after = Expected("c", Recovery(1, ((4, 8),)))
     assert checkpoints.newest(tmp_path, after)[0] == tmp_path / "checkpoint-3"
-    assert checkpoints.newest(tmp_path, after, at_most=2)[0] == tmp_path / "checkpoint-1"
+    found, passed_over = checkpoints.newest(tmp_path, after, at_most=2)
+    assert found == tmp_path / "checkpoint-1"
+    assert passed_over == [("checkpoint-2", "it learned from samples that a roll-back has since left out")]
     before_it = checkpoints.newest(tmp_path, Expected("c", Recovery()))
     assert before_it[0] == tmp_path / "checkpoint-2"
-    assert before_it[1] == [("checkpoint-3", "it learned from samples that a roll-back has since left out")]
+    assert before_it[1] == [("checkpoint-3", "it left out samples that the run's recovery.json does not name")]
     assert checkpoints.newest(tmp_path, Expected("d"))[1][0][1] == "it was written under other settings"
 
 
@@ -110,9 +112,21 @@ def test_rotation_keeps_the_youngest_the_best_and_one_behind_the_horizon(tmp_pat
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5, 50: 2.6, 60: None}
     for step, loss in losses.items():
         publish(tmp_path, step, HEALTHY.model_copy(update={"held_out": loss}))
-    assert checkpoints.rotate(tmp_path, 2, horizon=30) == ["checkpoint-40", "checkpoint-10"]
-    assert names(tmp_path) == ["checkpoint-20", "checkpoint-30", "checkpoint-50", "checkpoint-60"]
-    assert checkpoints.rotate(tmp_path, 1, best=False) == ["checkpoint-50", "checkpoint-30", "checkpoint-20"]
+    assert checkpoints.rotate(tmp_path, 2, horizon=30) == ["checkpoint-10"]
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (20, 30, 40, 50, 60)]
+    assert checkpoints.rotate(tmp_path, 1, best=False) == [f"checkpoint-{step}" for step in (50, 40, 30, 20)]
+
+
+@pytest.mark.parametrize(("every", "keep", "horizon"), [(10, 2, 60), (7, 3, 30), (20, 1, 100), (50, 5, 100)])
+def test_rotation_as_checkpoints_are_written_leaves_one_behind_the_horizon(tmp_path, every, keep, horizon):
+    for step in range(every, 4 * horizon, every):
+        publish(tmp_path, step)
+        checkpoints.rotate(tmp_path, keep, horizon=horizon)
+        there = [found for found, _ in checkpoints.present(tmp_path)]
+        assert len(there) <= keep + 2
+        behind = [found for found in there if found <= step - horizon]
+        assert bool(behind) == (step >= horizon + every)
+        assert not behind or behind[0] > step - 2 * horizon - every * (keep + 1)
 
 
 def test_rotation_counts_only_what_verifies(tmp_path):

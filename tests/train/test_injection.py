@@ -1,5 +1,6 @@
 """Forty kinds of broken numbers in real training of a tiny model, and what running out of memory leads to."""
 
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from so8t_torch.train.guard import TrainingStopped
 from so8t_torch.train.out_of_memory import MemoryRelief, fitting
 from so8t_torch.train.plan import plan
 from tests.faults import soak_injection
+from tests.faults.disk import Fault, broken_disk
 from tests.faults.injection import EXPECTED, injected
 
 FAULT, LAST = 5, 6
@@ -55,7 +57,7 @@ def built(tiny_source, sentences, tmp_path_factory):
     return config, job, start
 
 
-def train(built, *callbacks, **sections):
+def train(built, *callbacks, every_minutes=None, **sections):
     """Train as ``run_training`` does, but with a model that is in memory already."""
     config, job, start = built
     if sections:
@@ -71,7 +73,7 @@ def train(built, *callbacks, **sections):
     folder.begin(config)
     arguments = building.training_arguments(config, folder.checkpoints)
     trainer = run._trainer(config, job, arguments, folder, callbacks)
-    run._train(trainer, folder, None, None)
+    run._train(trainer, folder, None, every_minutes)
     return trainer
 
 
@@ -201,28 +203,60 @@ def test_faults_without_end_stop_with_a_post_mortem_and_leave_the_checkpoint(bui
 
 def test_a_broken_state_with_nothing_to_go_back_to_stops(built):
     advice = "no healthy checkpoint .* begin a new run .* the same fault"
-    with injected("weight", "nan", {1}) as injection, pytest.raises(TrainingStopped, match=advice):
-        train(built, injection)
+    with injected("weight", "nan", {2}) as injection, pytest.raises(TrainingStopped, match=advice):
+        train(built, injection, checkpoint={"every_steps": 4})
     assert not list((built[0].output_dir / "checkpoints").iterdir())
 
 
+def test_a_full_disk_does_not_hide_why_the_run_stopped(built, capsys):
+    full, records = OSError(errno.ENOSPC, "No space left"), Fault("open", errno.ENOSPC)
+    with (
+        broken_disk(built[0].output_dir / "events.jsonl", records),
+        patch.object(run, "write_json", side_effect=full),
+        injected("weight", "nan", {2}) as injection,
+        pytest.raises(TrainingStopped, match="no healthy checkpoint"),
+    ):
+        train(built, injection, checkpoint={"every_steps": 4})
+    told = capsys.readouterr().err
+    assert "post_mortem.json cannot be written" in told
+    assert told.count("events.jsonl wait in memory") == 1
+
+
+class Late(run.Recorder):
+    """Breaks a weight behind the optimiser: nobody looks at it there before the next step."""
+
+    def __init__(self, built, step, value, part=""):
+        super().__init__(RunFolder(built[0].output_dir))
+        self.step, self.value, self.part, self.left = step, value, part, 1
+
+    def on_optimizer_step(self, _args, state, _control, model=None, **_):
+        if state.global_step == self.step - 1 and self.left:
+            self.left = 0
+            with torch.no_grad():
+                next(p for name, p in trainable(model).items() if self.part in name).view(-1)[0] = self.value
+
+
 def test_a_weight_broken_by_the_last_step_is_not_saved(built):
-    """Nobody looks before the optimiser any more; the scan before the checkpoint finds it."""
-
-    class Late(run.Recorder):
-        left = 1
-
-        def on_optimizer_step(self, _args, state, _control, model=None, **_):
-            if state.global_step == LAST - 1 and self.left:
-                self.left = 0
-                with torch.no_grad():
-                    next(iter(trainable(model).values())).view(-1)[0] = math.inf
-
-    trainer = train(built, Late(RunFolder(built[0].output_dir)))
+    """The scan before the checkpoint finds it."""
+    trainer = train(built, Late(built, LAST, math.inf))
     assert [row["cause"] for row in events(built, "recovery")] == ["parameter"]
     assert events(built, "rollback")[0]["checkpoint"] == "checkpoint-4"
     assert all(torch.isfinite(p).all() for p in trainable(trainer.model).values())
     assert checkpoints.verify(built[0].output_dir / "checkpoints/checkpoint-6").health.finite
+
+
+def test_a_gate_broken_at_a_step_that_is_logged_is_rolled_back(built):
+    """The log has the gate's angle, and a number that is not finite in a log ends the run."""
+    trainer = train(built, Late(built, FAULT, math.nan, "so8t_"))
+    assert [row["cause"] for row in events(built, "recovery")] == ["parameter"]
+    assert trainer.state.global_step == LAST
+
+
+def test_a_finite_weight_that_cannot_be_is_not_saved_when_the_clock_asks(built):
+    trainer = train(built, Late(built, 3, 1e30), every_minutes=1e-9, recording={"every_steps": 50})
+    assert [(row["step"], row["cause"]) for row in events(built, "recovery")] == [(3, "parameter")]
+    assert events(built, "rollback")[0]["checkpoint"] == "checkpoint-2"
+    assert trainer.state.global_step == LAST
 
 
 def test_a_cooled_rate_holds_for_the_step_alone(built):

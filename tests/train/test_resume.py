@@ -164,7 +164,7 @@ class Poison(TrainerCallback):
     def __init__(self, where):
         self.where = where
 
-    def on_step_end(self, _args, state, _control, model=None, optimizer=None, **_):
+    def on_log(self, _args, state, _control, model=None, optimizer=None, **_):
         if state.global_step == 4:
             name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad and "lora" in n)
             assert name

@@ -90,5 +90,5 @@ def test_a_noted_signal_asks_for_a_checkpoint_and_the_end():
 def test_checkpoints_by_the_clock_alone_are_rotated(settings):
     sections = {"training": {"max_steps": 5}, "checkpoint": {"every_steps": None, "every_minutes": 1e-9, "keep": 2}}
     directory = run_training(settings(**sections)).directory
-    # one calm checkpoint behind the horizon of instability would stay too; this run is shorter than that
-    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-5"}
+    # the first one will be the one behind the horizon of instability, which this run does not reach
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {f"checkpoint-{i}" for i in (1, 4, 5)}

@@ -6,7 +6,6 @@ goes wrong, training goes on: it is told once on the terminal and in ``events.js
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +76,7 @@ class LogitsRecorder(TrainerCallback):
         self._tell_all(self._writer.notes())
         if totals.unfinished:
             self._tell(f"logits: {totals.unfinished} files were not written within {PATIENCE:.0f} s and are given up")
-        self._event("closed", **vars(totals))
+        self._folder.event("logits", outcome="closed", **vars(totals))
         self._writer = None
 
     def _open(self, state: TrainerState) -> Writer:
@@ -103,9 +102,4 @@ class LogitsRecorder(TrainerCallback):
         }
         for note in notes:
             self._tell(prefix[note.outcome] + note.text)
-            self._event(note.outcome, text=note.text)
-
-    def _event(self, outcome: str, **fields: Any) -> None:
-        # the disk that cannot take logits may be the one that holds the events; the terminal has been told
-        with contextlib.suppress(OSError):
-            self._folder.event("logits", outcome=outcome, **fields)
+            self._folder.event("logits", outcome=note.outcome, text=note.text)
