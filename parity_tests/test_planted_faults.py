@@ -83,30 +83,6 @@ def test_two_swapped_gradients() -> None:
     assert red(pair, "gradcheck")
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        return cotangents[0] * weight, cotangents[0] * x
-
-
-def test_what_is_declared_to_have_no_second_derivative_is_asked_for_none() -> None:
-    def product(x: Any, weight: Any) -> Any:
-        return x * weight
-
-    def once(x: torch.Tensor, weight: torch.Tensor) -> Any:
-        return _Once.apply(x, weight)
-
-    pair = with_production(once, reference=product, oracle=lambda x, w: np.multiply(x, w), twice=False, laws=())
-    assert not red(pair, "gradcheck")
-
-
 def test_detached_input() -> None:
     def wrong(x: torch.Tensor, weight: torch.Tensor) -> Any:
         return toy_production(x, weight.detach())
