@@ -32,9 +32,9 @@ def test_what_is_declared_to_have_no_second_derivative_is_asked_for_none() -> No
     pair = dataclasses.replace(
         SOUND,
         name="toy.once",
-        reference=lambda x, weight: x * weight,
-        production=lambda x, weight: Once.apply(x, weight),
-        oracle=np.multiply,
+        reference=lambda x, weight: (x * weight) ** 2,
+        production=lambda x, weight: Once.apply(x, weight).square(),
+        oracle=lambda x, weight: np.square(x * weight),
         twice=False,
         laws=(),
     )
