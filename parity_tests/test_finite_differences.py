@@ -20,7 +20,7 @@ class Gradient(torch.autograd.Function):
         return grad * weight, grad * x
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:  # noqa: ARG004
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
         raise NotImplementedError("there is no second derivative")
 
 
