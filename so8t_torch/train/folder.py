@@ -179,8 +179,8 @@ class RunFolder:
         if objection is not None:
             raise ConfigError(
                 f"--resume {resume}: {objection}; a resumed run keeps its settings (only {', '.join(FREE_ON_RESUME)} "
-                "may change) and its roll-backs. Take --resume auto, the config.yaml of the run that wrote it, or begin "
-                "a new run."
+                "may change) and its roll-backs. Take --resume auto, the config.yaml of the run that wrote it, or "
+                "begin a new run."
             )
         return folder
 
