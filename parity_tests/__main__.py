@@ -17,7 +17,10 @@ from parity_tests.harness import OpPair, environment
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.examples is not None and options.examples < 1:
+        parser.error(f"--examples: expected a number from 1, got {options.examples}")
     environment.prepare()
     if options.kernels:
         from parity_tests import kernels

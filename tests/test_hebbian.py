@@ -97,6 +97,37 @@ def test_what_comes_later_changes_no_bit_of_what_came_before(backend, rule, valu
             assert not torch.equal(after[0, t, 0], before[0, t, 0])
 
 
+@pytest.mark.parametrize("rule", ["hebb", "delta"])
+@pytest.mark.parametrize(("place", "value"), [(0, 1e38), (1, 1e38), (2, 1e38), (4, 1e38), (1, math.nan), (4, math.inf)])
+def test_what_overflows_later_changes_no_bit_behind_a_rate_without_bound(rule, place, value):
+    q, k, v, decay, eta, state = drawn(2, 60, dtype=torch.float32)
+    given = [1e6 * q, 0.3 * k, v, decay, eta]
+    given[3][0, 20] = math.inf
+    before, _ = hebbian(*given, state, rule=rule, key_norm="none")
+    given[place] = given[place].clone()
+    given[place][0, 40] = value
+    after, last = hebbian(*given, state, rule=rule, key_norm="none")
+    assert torch.equal(after[:, :40], before[:, :40])
+    assert torch.equal(after[1], before[1])
+    wanted, final = hebbian(*given, state, rule=rule, key_norm="none", backend="eager")
+    assert (after.isfinite() | ~wanted.isfinite()).all()
+    assert (last.isfinite() | ~final.isfinite()).all()
+
+
+@pytest.mark.parametrize("rule", ["hebb", "delta"])
+def test_products_that_overflow_on_the_way_are_read_as_the_loop_reads_them(rule):
+    q, k, v, decay, eta, state = drawn(2, 60, dtype=torch.float32)
+    k, v = 0.3 * k, v.clone()
+    q[0, 30:50], k[0, 30], v[0, 30] = 1e22, 1e22, 1e-20
+    k[0, 31:] = 0.0
+    y, last = hebbian(q, k, v, decay, eta, 0 * state, rule=rule, key_norm="none")
+    wanted, final = hebbian(q, k, v, decay, eta, 0 * state, rule=rule, key_norm="none", backend="eager")
+    assert wanted.isfinite().all() or rule == "delta"
+    assert torch.equal(y.isfinite(), wanted.isfinite())
+    assert torch.allclose(y, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.allclose(last, final, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize(("backend", "rule"), CASES)
 def test_a_segment_is_that_segment_alone_whatever_precedes_it(backend, rule):
     *given, state = drawn(1, 90)
@@ -256,6 +287,16 @@ def test_the_registration_is_sound(operation, arguments):
     # the gradient's own backward differentiates the loop twice: traced with symbolic shapes it takes a minute
     light = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operation, arguments, **({} if operation is FORWARD else {"test_utils": light}))
+
+
+def test_states_that_are_handed_in_transposed_leave_as_the_registration_says():
+    q, k, v, decay, eta, state = drawn(2, 3, 2, 4, 3)
+    turned = state.mT.contiguous().mT
+    found = FORWARD(q, k, v, -decay, eta, turned, None, False, "chunked")
+    wanted = FORWARD(q, k, v, -decay, eta, state, None, False, "chunked")
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+        assert one.is_contiguous()
 
 
 def test_forward_mode_takes_the_plain_form_and_is_never_silently_zero():

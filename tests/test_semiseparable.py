@@ -329,6 +329,18 @@ def test_the_first_token_receives_credit_from_the_last():
     assert math.isclose(float(slope[0, 0, 0]), 0.999**4095, rel_tol=1e-10)
 
 
+def test_a_batch_of_cotangents_gives_the_gradients_of_each():
+    x, u, v, decay, _ = example(1, 16)
+    u[..., :16], v[..., :16] = 0.0, 0.0
+    y, _ = operator(x.requires_grad_(), u.requires_grad_(), v, decay)
+    cotangents = drawn(3, *y.shape, seed=9)
+    together = torch.autograd.grad(y, (x, u), cotangents, is_grads_batched=True, retain_graph=True)
+    for place, cotangent in enumerate(cotangents):
+        alone = torch.autograd.grad(y, (x, u), cotangent, retain_graph=True)
+        for one, other in zip(together, alone, strict=True):
+            assert torch.allclose(one[place], other, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("kernel", [1, 3, 4])
 def test_the_band_is_a_convolution_that_looks_back(kernel):
     x, taps = drawn(3, 20, 5), drawn(kernel, 5, seed=2)

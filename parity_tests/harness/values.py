@@ -152,7 +152,7 @@ def _finite_differences(pair: OpPair, check: Any) -> None:
         return tuple(leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex())
 
     chosen = tuple(arguments[position].requires_grad_() for position in wrt)
-    _differentiated_twice(of_chosen, chosen)
+    _differentiated(of_chosen, chosen, 2 if pair.twice else 1)
     try:
         # thousands of calls with the shapes of the one above, which the checks of shapes have seen
         with shape_checks(enabled=False):
@@ -161,10 +161,10 @@ def _finite_differences(pair: OpPair, check: Any) -> None:
         raise ParityError(str(error)) from error
 
 
-def _differentiated_twice(function: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-    """Run forward, backward, and backward through the backward pass, where there is one."""
+def _differentiated(function: Any, arguments: tuple[torch.Tensor, ...], times: int) -> None:
+    """Run forward, backward, and for two times backward through the backward pass, where there is one."""
     outputs: Any = function(*arguments)
-    for _ in range(2):
+    for _ in range(times):
         outputs = [x for x in outputs if x is not None and x.requires_grad]
         if outputs:
             ones = [torch.ones_like(x) for x in outputs]

@@ -121,7 +121,7 @@ def snr_filter(
         S, Γ and η for the chunk, and p.
     """
     r = signal_to_noise(state, noise_floor=noise_floor)
-    gate = jnp.exp(jax.nn.log_sigmoid((r - threshold) / temperature))
+    gate = jax.nn.sigmoid((r - threshold) / temperature)
     if hard:
         gate = (r >= threshold).astype(gate.dtype) + (gate - jax.lax.stop_gradient(gate))
     written = (state != 0).any(axis=(1, 2))

@@ -190,15 +190,21 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             state: the three numbers.
 
         Raises:
-            ConfigError: this layer has no such rank.
+            ConfigError: they are not three such numbers, or this layer has no such rank.
         """
+        modes = tuple(MODES)
+        if state.shape != (3,) or float(state[0]) not in range(len(modes)):
+            raise ConfigError(
+                "AdaptiveRankSemiseparableLayer: expected gate mode, temperature and active rank as three numbers, the "
+                f"mode one of 0 … {len(modes) - 1}, got {state.tolist()} from the checkpoint; it is damaged."
+            )
         mode, temperature, rank = state.tolist()
-        if not self.min_rank <= rank <= self.max_rank:
+        if rank not in range(self.min_rank, self.max_rank + 1):
             raise ConfigError(
                 f"AdaptiveRankSemiseparableLayer: expected an active_rank from {self.min_rank} to {self.max_rank}, got "
                 f"{rank:g} from the checkpoint; build the layer with its ranks."
             )
-        self.set_gate_mode(tuple(MODES)[int(mode)], temperature)
+        self.set_gate_mode(modes[int(mode)], temperature)
         self.active_rank = int(rank)
 
     def forward(

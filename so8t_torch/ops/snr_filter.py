@@ -152,7 +152,7 @@ def snr_filter(
     _check_options(threshold, temperature, gamma_boost, eta_boost, cleanup)
     entries = _entries(state)
     r = _ratio(entries, noise_floor)
-    gate = functional.logsigmoid((r - threshold) / temperature).exp()
+    gate = torch.sigmoid((r - threshold) / temperature)
     if hard:
         # gate − gate is exactly zero, so that the sum is exactly 0 or 1
         gate = (r >= threshold).to(gate.dtype) + (gate - gate.detach())

@@ -138,11 +138,12 @@ class LogitsSection(Section):
 class CheckpointSection(Section):
     """How often a checkpoint is written and how many are kept.
 
-    ``every_steps`` and ``every_minutes`` (3 is a good value for a machine that may go away) work side by side;
-    ``None`` switches one off. ``keep_best`` keeps the one with the lowest held-out loss beside the ``keep`` youngest.
+    A fault costs at least as many steps as lie between checkpoints. ``every_steps`` and ``every_minutes`` (3 is a good
+    value for a machine that may go away) work side by side; ``None`` switches one off. ``keep_best`` keeps the one with
+    the lowest held-out loss beside the ``keep`` youngest.
     """
 
-    every_steps: Positive | None = 500
+    every_steps: Positive | None = 100
     every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 5
     keep_best: bool = True

@@ -10,9 +10,13 @@ nothing is lost and nothing is counted twice.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held = False
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
@@ -69,8 +74,13 @@ class RunFolder:
         """
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.config, dump_config(config).encode())
+        self.state(config)
         self.complete()
+
+    def state(self, config: TrainConfig) -> None:
+        """Write ``config.yaml`` where there is none."""
+        if not self.config.is_file():
+            write_bytes(self.config, dump_config(config).encode())
 
     def complete(self) -> None:
         """Make the folders of a run, and cut off and remove what a process left that died while it wrote."""
@@ -80,6 +90,30 @@ class RunFolder:
             cut_off_half_a_line(record)
         checkpoints.sweep(self.checkpoints)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder inside the block; the lock ends with the process, whatever ends it.
+
+        Where there is no folder yet, or its file system knows no locks, nothing is kept out.
+
+        Raises:
+            ConfigError: another process trains in it.
+        """
+        if self._held or not self.path.is_dir():
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _taken(handle):
+                raise ConfigError(
+                    f"{self.path}: another process trains in this folder; wait for it, or choose another output_dir."
+                )
+            self._held = True
+            yield
+        finally:
+            self._held = False
+            os.close(handle)
+
     def check_free(self) -> None:
         """Refuse a folder that holds something.
 
@@ -88,6 +122,10 @@ class RunFolder:
         """
         if self._empty():
             return
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path}: expected a folder or nothing at output_dir, got a file.")
+        with self.held():
+            pass
         found, _ = checkpoints.newest(self.checkpoints)
         way = "go on with --resume auto" if found else "it holds no checkpoint to go on from: remove it"
         raise ConfigError(
@@ -95,7 +133,9 @@ class RunFolder:
         )
 
     def _empty(self) -> bool:
-        return not self.path.exists() or all(path.suffix == ".part" for path in self.path.iterdir())
+        return not self.path.exists() or (
+            self.path.is_dir() and all(path.suffix == ".part" for path in self.path.iterdir())
+        )
 
     def start(self, resume: str, config: TrainConfig) -> Start:
         """Return where a resumed run begins.
@@ -112,6 +152,8 @@ class RunFolder:
             CheckpointError: every checkpoint, or the one that was named, is damaged or of another run; the reasons are
                 listed.
         """
+        with self.held():
+            pass
         if self.config.is_file():
             self._same_run(config)
         recovery = read_recovery(self.path)
@@ -133,9 +175,13 @@ class RunFolder:
         folder = Path(resume)
         if not folder.is_dir():
             raise ConfigError(f"--resume {resume}: no complete checkpoint at {folder}; start anew without --resume.")
-        reason = expected.objection(checkpoints.verify(folder))
-        if reason is not None:
-            raise CheckpointError(f"--resume {resume}: {reason}; take --resume auto, or begin a new run.")
+        objection = expected.objection(checkpoints.verify(folder))
+        if objection is not None:
+            raise ConfigError(
+                f"--resume {resume}: {objection}; a resumed run keeps its settings (only {', '.join(FREE_ON_RESUME)} "
+                "may change) and its roll-backs. Take --resume auto, the config.yaml of the run that wrote it, or "
+                "begin a new run."
+            )
         return folder
 
     def write_recovery(self, recovery: Recovery) -> None:
@@ -156,6 +202,17 @@ class RunFolder:
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970; it waits in memory while the disk refuses it."""
         self._journal.add({"event": kind, "time": round(time.time(), 3), **fields})
+
+
+def _taken(handle: int) -> bool:
+    """Lock a folder; return whether another has it locked."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # this file system knows no locks
+    return False
 
 
 def config_hash(config: TrainConfig) -> str:

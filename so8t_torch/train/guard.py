@@ -24,6 +24,19 @@ from so8t_torch.train.ladder import STATE, Cause, Decision, Fault, Ladder, Rules
 GoBack = Callable[[str, int], Exception | None]
 """From a reason and the number of steps to go back at least, to what has to be raised; ``None``: there is no way."""
 
+NOWHERE = "no healthy checkpoint to go back to"
+"""Why a run stops whose first checkpoint comes too late, or was written while it recovered."""
+
+GO_ON = (
+    "What is checkpointed stays untouched. Read post_mortem.json, look at the data, then go on with --resume auto, "
+    "or begin a new run with a lower training.lr or gate_lr."
+)
+
+BEGIN_ANEW = (
+    "Read post_mortem.json, look at the data, then begin a new run with a lower training.lr or gate_lr, or with more "
+    "frequent checkpoints; --resume auto would meet the same fault again."
+)
+
 
 class TrainingStopped(TrainingError):  # noqa: N818 - what happened to the run
     """The ladder gave up: the run ends with a post-mortem and the last healthy checkpoint untouched."""
@@ -177,7 +190,7 @@ class Guard(TrainerCallback):
             reason = f"Step {self._step}: {fault.cause.value}: {fault.detail}."
             request = None if self.go_back is None else self.go_back(reason, distance)
             if request is None:
-                self._stop("no healthy checkpoint to go back to", fault, optimizer)
+                self._stop(NOWHERE, fault, optimizer)
             raise request
 
     def on_step_end(
@@ -228,12 +241,11 @@ class Guard(TrainerCallback):
             **self.sight(),
         }
         self.ladder.record(report)
+        advice = BEGIN_ANEW if reason == NOWHERE else GO_ON
         what = "the ladder stopped" if fault is None else f"{fault.cause.value}: {fault.detail}"
         raise TrainingStopped(
             f"Step {self._step}: {what}. Training stops: {reason} ({self.ladder.recoveries} recoveries in the last "
-            f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). The last healthy "
-            "checkpoint is untouched. Read post_mortem.json, look at the data, then go on with --resume auto, or begin "
-            "a new run with a lower training.lr or gate_lr."
+            f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). {advice}"
         )
 
 

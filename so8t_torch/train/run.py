@@ -6,6 +6,7 @@ before and after, the curves and, where asked, the triage report. Under torchrun
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -123,16 +124,30 @@ def run_training(
     checkpoint = None if start is None else start.checkpoint
     arguments = building.training_arguments(config, folder.checkpoints, first=checkpoint is None)
     job = _build(config, arguments, folder if start is None else None)
-    with arguments.main_process_first(desc="the run folder"):
-        if arguments.should_save:
-            _open(folder, config, start)
+    with contextlib.ExitStack() as kept:
+        with arguments.main_process_first(desc="the run folder"):
+            if arguments.should_save:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                kept.enter_context(folder.held())
+                _open(folder, config, start)
+        return _run(config, job, arguments, folder, start, callbacks)
+
+
+def _run(
+    config: TrainConfig,
+    job: building.Job,
+    arguments: Any,
+    folder: RunFolder,
+    start: Start | None,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
     trainer = _trainer(config, job, arguments, folder, callbacks)
     if start is not None:
         trainer.take_up(start.recovery)
     if arguments.should_save:
         _note_data(folder, job)
     started = time.monotonic()
-    _train(trainer, folder, checkpoint, config.checkpoint.every_minutes)
+    _train(trainer, folder, None if start is None else start.checkpoint, config.checkpoint.every_minutes)
     seconds = time.monotonic() - started
     before = _held_out_before(trainer)
     after = trainer.evaluate()["eval_lm"] if job.held_out else None
@@ -168,6 +183,9 @@ def _build(config: TrainConfig, arguments: Any, fresh: RunFolder | None) -> buil
 
 
 def _open(folder: RunFolder, config: TrainConfig, start: Start | None) -> None:
+    if start is not None and start.checkpoint is not None and start.checkpoint.parent == folder.checkpoints:
+        # settings that the checkpoint agrees with are those of the run, should their file be gone
+        folder.state(config)
     if start is None or not folder.config.is_file():
         folder.begin(config)
     else:

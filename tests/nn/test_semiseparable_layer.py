@@ -197,6 +197,16 @@ def test_the_state_dict_keeps_gate_mode_temperature_and_rank(tmp_path):
         layer(min_rank=4).load_state_dict(module.state_dict())
 
 
+@pytest.mark.parametrize(
+    "numbers", [[9, 1, 3], [-1, 1, 3], [1.5, 1, 3], [math.nan, 1, 3], [0, 1, 2.5], [0, math.nan, 3], [0, 1]]
+)
+def test_a_damaged_gate_state_is_refused_and_changes_nothing(numbers):
+    layer = AdaptiveRankSemiseparableLayer(8, 6, min_rank=2)
+    with pytest.raises(ConfigError):
+        layer.set_extra_state(torch.tensor(numbers, dtype=torch.float64))
+    assert (layer.gate_mode, layer.gumbel_temperature, layer.active_rank) == ("soft", 1.0, 6)
+
+
 def test_gates_of_every_mode():
     module, x = layer(max_rank=32, min_rank=4), drawn(2, 50, WIDTH)
     soft = module(x)[1]["gates"]

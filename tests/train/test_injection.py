@@ -202,7 +202,8 @@ def test_faults_without_end_stop_with_a_post_mortem_and_leave_the_checkpoint(bui
 
 
 def test_a_broken_state_with_nothing_to_go_back_to_stops(built):
-    with injected("weight", "nan", {2}) as injection, pytest.raises(TrainingStopped, match="no healthy checkpoint"):
+    advice = "no healthy checkpoint .* begin a new run .* the same fault"
+    with injected("weight", "nan", {2}) as injection, pytest.raises(TrainingStopped, match=advice):
         train(built, injection, checkpoint={"every_steps": 4})
     assert not list((built[0].output_dir / "checkpoints").iterdir())
 

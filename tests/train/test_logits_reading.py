@@ -231,6 +231,14 @@ def test_show_tells_of_every_file_and_draws(tmp_path):
     assert (tmp_path / "one.png").stat().st_size > 10_000
 
 
+def test_a_picture_or_tokenizer_that_cannot_be_is_refused(tmp_path):
+    write(tmp_path / "logits", 1)
+    with pytest.raises(DataError, match=r"show\.txt: expected the name of a picture, such as show\.png"):
+        show(tmp_path, plot=tmp_path / "show.txt")
+    with pytest.raises(DataError, match="absent: expected the folder of a tokenizer"):
+        show(tmp_path, tokenizer=tmp_path / "absent")
+
+
 def test_tokens_are_spelled_where_a_tokenizer_is_named(tmp_path, tiny_source, tokenizer):
     write(tmp_path / "logits", 1)
     _, tokens = show(tmp_path, tokenizer=tiny_source, plot=tmp_path / "one.png")

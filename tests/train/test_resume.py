@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from so8t_torch.core.errors import CheckpointError
+from so8t_torch.core.errors import CheckpointError, ConfigError
 from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train.manifest import NAME
 from so8t_torch.train.run import run_training
@@ -120,6 +120,15 @@ def test_other_samples_are_refused(settings, tmp_path, sentences):
     data.write_text("".join(lines[1:] + lines[:1]))
     with pytest.raises(CheckpointError, match="learned from 6 samples, and these 6 are not the same"):
         run_training(settings(**sections), resume="auto")
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_its_name_too(settings, tmp_path):
+    sections = {"training": {"max_steps": 2}, "checkpoint": {"every_steps": 2}}
+    checkpoint = run_training(settings(**sections)).directory / "checkpoints/checkpoint-2"
+    other = settings(output_dir=str(tmp_path / "other"), training={"max_steps": 2, "lr": 1e-3})
+    with pytest.raises(ConfigError, match="written under other settings; a resumed run keeps its settings"):
+        run_training(other, resume=str(checkpoint))
+    assert not other.output_dir.exists()
 
 
 def test_another_number_of_processes_is_refused(settings):

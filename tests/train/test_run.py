@@ -14,7 +14,7 @@ from so8t_torch.adapter import load_adapter
 from so8t_torch.core.errors import ConfigError, SO8TError, TrainingError
 from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train.environment import environment, git_state
-from so8t_torch.train.folder import append_json, read_metrics
+from so8t_torch.train.folder import RunFolder, append_json, read_metrics
 from so8t_torch.train.run import evaluate_run, run_training
 
 
@@ -194,6 +194,38 @@ def test_a_run_that_ended_before_its_first_checkpoint_says_how_to_go_on(settings
     run_training(settings(**sections))
     with pytest.raises(ConfigError, match="go on with --resume auto"):
         run_training(settings(**sections))
+
+
+def test_a_folder_in_which_a_process_trains_is_refused(settings):
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            del args, state, control, kwargs
+            with pytest.raises(ConfigError, match="another process trains in this folder"):
+                RunFolder(config.output_dir).start("auto", config)
+
+    config = settings(training={"max_steps": 2}, checkpoint={"every_steps": 1})
+    run_training(config, callbacks=[Second()])
+    RunFolder(config.output_dir).start("auto", config)
+    with RunFolder(config.output_dir).held():
+        for resume in (None, "auto"):
+            with pytest.raises(ConfigError, match="another process trains in this folder"):
+                run_training(config, resume=resume)
+
+
+def test_a_file_in_place_of_the_run_folder_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigError, match="file: expected a folder or nothing at output_dir"):
+        run_training(settings(output_dir=str(tmp_path / "file")))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_run_whose_settings_file_is_gone_goes_on(settings):
+    config = settings(training={"max_steps": 2}, checkpoint={"every_steps": 2})
+    folder = run_training(config).directory
+    before = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").unlink()
+    run_training(config, resume="auto")
+    assert (folder / "config.yaml").read_text() == before
 
 
 def test_the_summary_says_what_happened_and_what_comes_next(finished):

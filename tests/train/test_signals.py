@@ -31,14 +31,21 @@ def test_a_signal_finishes_the_step_saves_and_stops(zygote, tiny_source, sentenc
     assert not differences(quiet.trace, trace(tmp_path / "run"))
 
 
-def test_the_same_signal_once_more_has_its_usual_effect():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interruptible():
+    """The handler of a process in the foreground; one that was started in the background may ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_same_signal_once_more_has_its_usual_effect(interruptible):
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is interruptible
 
 
 def test_outside_the_main_thread_nothing_is_watched():

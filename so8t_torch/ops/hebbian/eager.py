@@ -106,7 +106,7 @@ def recurrence_chunked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the last state (N, H, K, V) and the states (N, T/C, H, K, V) that enter the chunks."""
     y, start = torch.empty_like(v, memory_format=torch.contiguous_format), _start(initial, k, v)
-    final = torch.empty_like(start, dtype=v.dtype if initial is None else initial.dtype)
+    final = start.new_empty(start.shape, dtype=v.dtype if initial is None else initial.dtype)
     cuts = chunks(v.shape[1], delta)
     states = start.new_empty((len(start), len(cuts), *start.shape[1:]))
     for n in rows_together(v, k):
@@ -246,24 +246,46 @@ def chunks(length: int, delta: bool) -> list[slice]:
 def _finite_or_walked(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:
     """Return what a chunk reads and leaves; the loop says it where a number that is not finite reaches a token.
 
-    It reaches the tokens behind it, and from the state that enters the first ones, to the end of their segment.
+    It reaches the tokens behind it, and from the state that enters the first ones, to the end of their segment. What
+    overflows in the chunk alone is the loop's, too.
     """
     y, after = read_chunk(part, state, restart, delta)
     if bool((y.sum() + after.sum()).isfinite()):
         return y, after
-    sound = part.log_decay.isfinite() & part.eta.isfinite()
+    # a rate without bound is a factor of zero
+    sound = (part.log_decay < torch.inf) & part.eta.isfinite()
     sound = sound & part.k.isfinite().all(-1) & part.v.isfinite().all(-1)
     entered = state.isfinite().all(-1).all(-1)
-    if bool(sound.all() & entered.all()):
+    segment = torch.zeros_like(sound, dtype=torch.int64) if restart is None else restart.cumsum(-1)
+    known = torch.where(entered[:, None, None], state, 0.0)
+    y, after, sound = _read_of_sound(part, known, restart, segment, sound, delta)
+    reached = (~sound[..., None] & _before(segment)).any(-2) | ((segment == 0) & ~entered[:, None])
+    lost, changed = reached[..., None] | ~y.isfinite(), reached[:, -1:, None] | ~after.isfinite()
+    if not bool(lost.any() | changed.any()):
         return y, after
+    walked, left = _walk(part, state, restart, delta)
+    return torch.where(lost, walked, y), torch.where(changed, left, after)
+
+
+def _read_of_sound(
+    part: Part, state: Tensor, restart: Tensor | None, segment: Tensor, sound: Tensor, delta: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``read_chunk`` of the tokens that are sound (b, c), and which are.
+
+    Every read of a token behind sound ones alone is what ``read_chunk`` makes of it to the bit, or not finite.
+    """
     keys, values = (torch.where(sound[..., None], x, 0.0) for x in (part.k, part.v))
     rates, strengths = (torch.where(sound, x, 0.0) for x in (part.log_decay, part.eta))
-    known = torch.where(entered[:, None, None], state, 0.0)
-    y, after = read_chunk(Part(part.q, keys, values, rates, strengths), known, restart, delta)
-    walked, left = _walk(part, state, restart, delta)
-    segment = torch.zeros_like(sound, dtype=torch.int64) if restart is None else restart.cumsum(-1)
-    reached = (~sound[..., None] & _before(segment)).any(-2) | ((segment == 0) & ~entered[:, None])
-    return torch.where(reached[..., None], walked, y), torch.where(reached[:, -1:, None], left, after)
+    cleaned, weights = Part(part.q, keys, values, rates, strengths), decays(rates, restart)
+    if delta:
+        values = innovations(cleaned, state, weights)
+        sound = sound & values.isfinite().all(-1)
+        values = torch.where(sound[..., None], values, 0.0)
+    keys = strengths[..., None] * keys
+    # chosen, as a product that overflows is NaN where a token that comes later is multiplied by zero
+    scores = torch.where(_before(segment), torch.bmm(keys, part.q.mT) * weights.pair, 0.0)
+    y = of_state(weights, torch.bmm(part.q, state)).baddbmm_(scores.mT, values)
+    return y, through(weights, state).baddbmm_(keys.mul_(leave(weights)).mT, values), sound
 
 
 def _walk(part: Part, state: Tensor, restart: Tensor | None, delta: bool) -> tuple[Tensor, Tensor]:

@@ -174,6 +174,11 @@ def _readable(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def _wrapped(x: Tensor) -> bool:
+    """Return whether a tensor stands for a batch of others, of which no one number can be asked."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def _closed(state: Tensor, u: Tensor, v: Tensor, decay: Tensor) -> bool:
     """Return whether a tile is neither written nor read by any token, and holds numbers; not looked at off the CPU."""
     if not _readable(state) or u.any() or v.any():
@@ -265,7 +270,8 @@ def _of_effect(
 ) -> Tensor | None:
     """Return the channels of tiles whose gradients may differ from zero, or None for all of them."""
     looked_at = _readable(x) and type(u) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if not looked_at or not (math.isfinite(x.sum()) and math.isfinite(grad.sum())):
+    given = grad, grad_final, x, u, v, decay, initial
+    if not looked_at or any(map(_wrapped, given)) or not (math.isfinite(x.sum()) and math.isfinite(grad.sum())):
         return None
     places = torch.arange(u.shape[-1], device=u.device).split(RANK_TILE)
     states, asked = (z.split(RANK_TILE, 1) for z in (initial, grad_final))

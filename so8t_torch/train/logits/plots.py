@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from so8t_torch.core.errors import DataError
 from so8t_torch.train.logits.measures import Judged, reliability, summarise, together, top_tokens
 
 COLOURS = ("#1f5a99", "#c8501e")
@@ -27,9 +28,13 @@ def draw(sets: Mapping[str, Steps], picture: Path, title: str, spell: Callable[[
         picture: PNG to write.
         title: what the records are.
         spell: text of a token id.
+
+    Raises:
+        DataError: the name does not end as that of a picture.
     """
     figure = Figure(figsize=(15, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    if picture.suffix[1:].lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
+        raise DataError(f"{picture}: expected the name of a picture, such as {picture.stem}.png.")
     left, middle, right = figure.subplots(1, 3)
     for (name, steps), colour in zip(sets.items(), COLOURS, strict=False):
         if max(map(len, sets.values())) > 1:

@@ -31,6 +31,8 @@ def speller(tokenizer: Path | None) -> Callable[[int], str]:
     """Return what gives the text of a token id: of the tokenizer in a folder, or the bare number."""
     if tokenizer is None:
         return lambda token: f"#{token}"
+    if not tokenizer.is_dir():
+        raise DataError(f"{tokenizer}: expected the folder of a tokenizer, and there is none.")
     from so8t_torch.train.building import load_tokenizer
 
     loaded = load_tokenizer(str(tokenizer), None)
