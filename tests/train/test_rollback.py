@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from so8t_torch.core.errors import CheckpointError
+from so8t_torch.core.errors import ConfigError
 from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train import run as runs
 from so8t_torch.train.data_order import Stream
@@ -147,7 +147,7 @@ def test_a_process_that_dies_right_after_a_roll_back_goes_on_behind_it(settings,
     assert "checkpoint-6" in there
     recovery = read_recovery(config.output_dir)
     assert (recovery.rollbacks, recovery.skipped, recovery.extras["counter"]) == (1, ((8, 16),), {"seen": 8})
-    with pytest.raises(CheckpointError, match=r"checkpoint-6: it learned from samples that a roll-back has"):
+    with pytest.raises(ConfigError, match=r"checkpoint-6: it learned from samples that a roll-back has"):
         run_training(config, resume=str(config.output_dir / "checkpoints/checkpoint-6"))
     resumed = run_training(config, resume="auto")
     (told,) = events(config.output_dir, "resume")
