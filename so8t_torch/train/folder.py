@@ -141,7 +141,8 @@ class RunFolder:
         """Return where a resumed run begins.
 
         ``"auto"`` takes the youngest checkpoint that verifies and belongs to the run. A run that was cut off before
-        it wrote its first begins at step 0; one whose checkpoints are all damaged does not.
+        it wrote its first, or after a roll-back to the start, begins at step 0; one whose checkpoints are damaged does
+        not.
 
         Args:
             resume: ``"auto"`` or the path of a checkpoint.
@@ -162,7 +163,8 @@ class RunFolder:
             return Start(self._named(resume, expected), recovery, [])
         found, passed_over = checkpoints.newest(self.checkpoints, expected)
         begun = self.config.is_file() or (self.path.exists() and self._empty())
-        if found is None and passed_over:
+        back_at_start = recovery.to_start and all(reason == checkpoints.LEFT_OUT for _, reason in passed_over)
+        if found is None and passed_over and not back_at_start:
             listed = "".join(f"\n  {name}: {reason}" for name, reason in passed_over)
             raise CheckpointError(f"--resume auto: no complete checkpoint at {self.checkpoints}; passed over:{listed}")
         if found is None and not begun:

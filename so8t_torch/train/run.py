@@ -223,13 +223,13 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
         raise Interrupted(signals.received, step)
 
 
-def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequested) -> Path:
+def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequested) -> Path | None:
     step = trainer.state.global_step
     recovery = trainer.grant(request)
     if trainer.args.should_save:
         folder.write_recovery(recovery)
-        name, skipped = request.checkpoint.name, list(request.skipped)
-        folder.event("rollback", step=step, checkpoint=name, skipped=skipped, reason=request.reason)
+        name = None if request.checkpoint is None else request.checkpoint.name
+        folder.event("rollback", step=step, checkpoint=name, skipped=list(request.skipped), reason=request.reason)
     trainer.accelerator.wait_for_everyone()
     return request.checkpoint
 

@@ -34,13 +34,12 @@ from so8t_torch.train.manifest import Health
 from so8t_torch.train.meter import LossMeter, perplexity
 from so8t_torch.train.out_of_memory import MemoryRelief, split
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+from so8t_torch.train.preconditions import check_groups, check_trainable, decoder_and_head
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
 
 LAST_STATES = -1
 """Key under which the tap keeps the states that go into the head."""
-
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class SO8TTrainer(CheckpointedTrainer):
@@ -76,7 +75,6 @@ class SO8TTrainer(CheckpointedTrainer):
     ) -> None:
         check_trainable(model)
         self.guard = guard or Guard()
-        self.guard.remember_start(model)
         self.guard.on_drop, self.guard.samples, self.guard.go_back = self._take_back, self._samples, self._go_back
         super().__init__(
             model,
@@ -88,6 +86,7 @@ class SO8TTrainer(CheckpointedTrainer):
             compute_metrics=_held_out_metrics,
             callbacks=[self.guard, *callbacks],
         )
+        self.guard.initial = self.start.numbers
         self.extras.append(self.guard)
         if self.args.n_gpu > 1:
             raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
@@ -256,8 +255,15 @@ class SO8TTrainer(CheckpointedTrainer):
         self.guard.check_state(self.optimizer.optimizer)
         super().unhealthy(health)
 
-    def _go_back(self, reason: str, steps_back: int) -> RollbackRequested | None:
+    def _go_back(self, reason: str, steps_back: int) -> RollbackRequested:
         return self.rollback(reason, steps_back=steps_back)
+
+    def begin_anew(self) -> None:
+        """Be as the run was before its first step, with nothing summed up or seen."""
+        super().begin_anew()
+        self._meter.reset()
+        self._settings = {}
+        self.guard.begin_anew()
 
     def _samples(self, step: int) -> list[int]:
         """Return the span of the stream that a step reads."""
@@ -332,46 +338,6 @@ def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Return the token-weighted loss over every row; a row counts by its tokens, not by its batch."""
     nll, tokens = prediction.predictions.sum(0).tolist()
     return {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}
-
-
-def decoder_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module]:
-    """Return the stack of layers and the output embedding of an adapted causal language model.
-
-    Raises:
-        TrainingError: the model changes its logits after the head, which the chunked loss does not.
-    """
-    plain = model.get_base_model()
-    for name in LOGIT_TRANSFORMS:
-        if getattr(plain.config, name, None) not in (None, 1, 1.0):
-            raise TrainingError(f"{type(plain).__name__} applies {name} to its logits; the chunked loss does not.")
-    return plain.get_decoder(), plain.get_output_embeddings()
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Stop unless something is trainable and every gate parameter is float32.
-
-    Raises:
-        TrainingError: naming what is missing or the parameter of the wrong dtype.
-    """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise TrainingError("Nothing is trainable: every parameter of the model is frozen; check the adapter section.")
-    for name, parameter in model.named_parameters():
-        if ("so8t_safe" in name or "so8t_cmd" in name) and parameter.dtype != torch.float32:
-            raise TrainingError(f"{name} is {parameter.dtype}; gate generators must be float32 or they cannot move.")
-
-
-def check_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Stop unless the groups hold exactly the trainable parameters, each once.
-
-    Raises:
-        TrainingError: naming parameters that no group or two groups hold.
-    """
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    held = [id(p) for group in groups for p in group["params"]]
-    wrong = [name for key, name in names.items() if held.count(key) != 1]
-    if wrong or len(held) != len(names):
-        raise TrainingError(f"The optimiser must hold every trainable parameter once; not so for {wrong[:5]}.")
 
 
 def geometry(model: nn.Module) -> dict[str, float]:
