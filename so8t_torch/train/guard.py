@@ -63,6 +63,7 @@ class Guard(TrainerCallback):
         self._rates: list[Any] | None = None
         self._hooks: list[Any] = []
         self._step = 0
+        self._examined = False
         self._scheduler: Any = None
 
     @property
@@ -133,7 +134,7 @@ class Guard(TrainerCallback):
         Args:
             step: number of the step that is about to be taken.
         """
-        self._step = step
+        self._step, self._examined = step, False
         self.examination.begin()
 
     def norm_bound(self, usual: float) -> float:
@@ -142,7 +143,10 @@ class Guard(TrainerCallback):
         return usual if history is None else min(usual, history)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._examined:
+            return  # memory ran out behind the look at this step, and it is taken once more
         found = self.examination.examine(optimizer)
+        self._examined = True
         samples = None if found.fault is None or self.samples is None else self.samples(self._step)
         decision = self.ladder.observe(self._step, found.fault, samples=samples)
         if not decision.drop:

@@ -26,6 +26,7 @@ from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
+from so8t_torch.train.checkpoint_state import generators, set_generators
 from so8t_torch.train.checkpointed import CheckpointedTrainer, Keeping
 from so8t_torch.train.config import PenaltySection, TrainingSection
 from so8t_torch.train.guard import Guard
@@ -107,7 +108,9 @@ class SO8TTrainer(CheckpointedTrainer):
         self._kept: tuple[Tensor, dict[str, float]] | None = None
         self._micro_batches: list[Any] = []
         self._taken = 0
+        self._generators: dict[str, Any] = {}
         self.relief = MemoryRelief(model, self.guard.ladder.record, alone=self.args.world_size == 1)
+        self.extras.append(self.relief)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
@@ -139,6 +142,7 @@ class SO8TTrainer(CheckpointedTrainer):
             check_groups(self.model, groups)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(groups, **options)
+            self.relief.watch(self.optimizer, lambda: self.state.global_step + 1)
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -161,6 +165,8 @@ class SO8TTrainer(CheckpointedTrainer):
         Raises:
             VRAMExhaustedError: nothing helped.
         """
+        if not self._taken:
+            self._generators = generators()
         self._taken += 1
         todo = [inputs]
         while True:
@@ -170,6 +176,7 @@ class SO8TTrainer(CheckpointedTrainer):
                 said = str(error)
             self.relief.next(self.state.global_step + 1, len(inputs["input_ids"]), said)
             todo = self._micro_batches[: self._taken]
+            set_generators(self._generators)
             model.zero_grad()
             self._meter.undo()
             self.guard.begin(self.state.global_step + 1)
@@ -283,9 +290,13 @@ class SO8TTrainer(CheckpointedTrainer):
         """Return for each row its summed loss and its number of supervised tokens."""
         del prediction_loss_only, ignore_keys
         inputs = self._prepare_inputs(inputs)
+
+        def measure(part: dict[str, Any]) -> Tensor:
+            (nll, rows), _ = self._losses(model, part)
+            return row_sums(nll, rows, part["labels"].shape[0])
+
         with torch.no_grad():
-            (nll, rows), _ = self._losses(model, inputs)
-            sums = row_sums(nll, rows, inputs["labels"].shape[0])
+            sums = self.relief.evaluated(self.state.global_step, inputs, measure)
         return None, sums, sums[:, 1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
