@@ -26,7 +26,7 @@ from so8t_torch.core.errors import CheckpointError, ConfigError
 from so8t_torch.data.records import parse_json_object
 from so8t_torch.train import checkpoints
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.journal import Journal, append_whole, json_line
+from so8t_torch.train.journal import Journal, append_whole, json_line, on_terminal
 from so8t_torch.train.manifest import write_bytes
 from so8t_torch.train.rollback import FILE, Recovery, read_recovery
 
@@ -64,7 +64,9 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.logits = path / "logits"
         self.evaluation = path / "eval"
+        self.log = Journal(self.metrics)
         self._journal = Journal(self.events)
+        self._unwritten: Recovery | None = None
 
     def begin(self, config: TrainConfig) -> None:
         """Create the folder for a new run, its configuration first, so that a run cut off here can go on.
@@ -187,9 +189,36 @@ class RunFolder:
         return folder
 
     def write_recovery(self, recovery: Recovery) -> None:
-        """Write ``recovery.json`` so that it is on the disk before anything follows."""
-        text = json.dumps(recovery.as_json(), ensure_ascii=False, indent=1, allow_nan=False)
-        write_bytes(self.path / FILE, text.encode())
+        """Write ``recovery.json`` before anything follows; it waits in memory while the disk refuses it."""
+        self._unwritten = recovery
+        error = self.settle()
+        if error is not None:
+            on_terminal(
+                f"training goes on, {self.path / FILE} waits in memory ({error}); a process that dies before it is "
+                "written forgets this roll-back, and a resumed run reads the same samples again"
+            )
+
+    def settle(self) -> OSError | None:
+        """Write ``recovery.json`` if it waits; return why that failed."""
+        if self._unwritten is None:
+            return None
+        text = json.dumps(self._unwritten.as_json(), ensure_ascii=False, indent=1, allow_nan=False)
+        try:
+            write_bytes(self.path / FILE, text.encode())
+        except OSError as error:
+            return error
+        self._unwritten = None
+        return None
+
+    def close(self) -> None:
+        """Write what waits in memory, for the last time; where the disk still refuses it, say what is lost."""
+        error = self.settle()
+        if error is not None:
+            on_terminal(
+                f"{self.path / FILE} is lost ({error}); checkpoints since the last roll-back will be passed over"
+            )
+        self.log.close()
+        self._journal.close()
 
     def _same_run(self, config: TrainConfig) -> None:
         before = load_config(TrainConfig, self.config).model_dump(mode="json", exclude=set(FREE_ON_RESUME))

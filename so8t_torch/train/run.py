@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from so8t_torch.adapter import load_adapter
 from so8t_torch.core.config import load_config
-from so8t_torch.core.errors import ConfigError
+from so8t_torch.core.errors import ConfigError, DataError, SO8TError
 from so8t_torch.data.records import Record, read_records
 from so8t_torch.train import building
 from so8t_torch.train.callbacks import QuietProgress, Recorder
@@ -129,8 +129,14 @@ def run_training(
             if arguments.should_save:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 kept.enter_context(folder.held())
+                kept.callback(folder.close)
                 _open(folder, config, start)
-        return _run(config, job, arguments, folder, start, callbacks)
+        try:
+            return _run(config, job, arguments, folder, start, callbacks)
+        except SO8TError:
+            if arguments.should_save:
+                _draw(folder)
+            raise
 
 
 def _run(
@@ -305,6 +311,17 @@ def _triage(config: TrainConfig, job: building.Job) -> TriageReport:
     from so8t_torch.safety.evaluation import evaluate_triage
 
     return evaluate_triage(job.model, job.tokenizer, job.held_out_records, batch_size=config.evaluation.batch_size)
+
+
+def _draw(folder: RunFolder) -> None:
+    """Make table and curves of a run that ends early, for a reason that a disk which refuses them must not hide."""
+    folder.close()
+    try:
+        folder.metrics.touch()
+        write_table(folder.metrics, folder.table)
+        draw_curves(folder.metrics, folder.curves, folder.events)
+    except (OSError, DataError) as error:
+        on_terminal(f"{folder.table} and {folder.curves} are not up to date: {error}")
 
 
 def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None) -> None:

@@ -31,14 +31,6 @@ def test_a_signal_finishes_the_step_saves_and_stops(zygote, tiny_source, sentenc
     assert not differences(quiet.trace, trace(tmp_path / "run"))
 
 
-@pytest.fixture
-def interruptible():
-    """The handler of a process in the foreground; one that was started in the background may ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
-
-
 def test_the_same_signal_once_more_has_its_usual_effect(interruptible):
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
