@@ -223,16 +223,28 @@ class RunFolder:
     def _same_run(self, config: TrainConfig) -> None:
         before = load_config(TrainConfig, self.config).model_dump(mode="json", exclude=set(FREE_ON_RESUME))
         now = config.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
-        changed = [name for name in now if now[name] != before[name]]
+        changed = "".join(f"\n  {line}" for line in _changes(before, now))
         if changed:
             raise ConfigError(
-                f"--resume: {', '.join(changed)} differ from {self.config}; a resumed run keeps its settings (only "
-                f"{', '.join(FREE_ON_RESUME)} may change). Start a new output_dir for a different run."
+                f"--resume: these settings are not those of {self.config}:{changed}\nA resumed run keeps its settings "
+                f"(only {', '.join(FREE_ON_RESUME)} may change). Take the settings of that file, or start a new "
+                "output_dir for a different run."
             )
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970; it waits in memory while the disk refuses it."""
         self._journal.add({"event": kind, "time": round(time.time(), 3), **fields})
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Yield each key that two trees of settings hold differently, with the value before and now."""
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{path}{name}.")
+        elif old != new:
+            spelled = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+            yield f"{path}{name}: {spelled[0]} then, {spelled[1]} now"
 
 
 def _taken(handle: int) -> bool:

@@ -212,7 +212,7 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
     Raises:
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
-    with StopSignals() as signals:
+    with StopSignals(tells=trainer.args.should_save) as signals:
         trainer.add_callback(SaveAndStop(signals, every_minutes))
         # the guard looks when every other callback has said whether this step is written down
         trainer.add_callback(trainer.pop_callback(trainer.guard))
