@@ -21,7 +21,7 @@ from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.detection import trainable
 from so8t_torch.train.folder import RunFolder
 from so8t_torch.train.guard import TrainingStopped
-from so8t_torch.train.out_of_memory import MemoryRelief, fitting
+from so8t_torch.train.out_of_memory import fitting
 from so8t_torch.train.plan import plan
 from tests.faults import soak_injection
 from tests.faults.disk import Fault, broken_disk
@@ -359,16 +359,6 @@ def test_what_is_said_to_fit_fits_and_the_next_larger_does_not(built):
     assert "training.batch_size 2, data.max_length 32" in said
     assert need(4) > need(2)
     assert "no batch and length fit" in fitting(config, 1)[0]
-
-
-def test_several_processes_try_nothing(built):
-    """The others wait for gradients; a step taken again would be another number of exchanges."""
-    rows = []
-    relief = MemoryRelief(built[1].model, rows.append, alone=False)
-    relief.what_fits = lambda limit: [f"{limit} bytes"]
-    with pytest.raises(VRAMExhaustedError, match="several processes"):
-        relief.next(3, 2, "CUDA out of memory")
-    assert rows[0]["remedy"] is None
 
 
 @pytest.mark.slow

@@ -190,3 +190,13 @@ def test_lowered_ranks_are_part_of_the_state():
     assert other[0].active_rank == 2
     with pytest.raises(VRAMExhaustedError, match="at the smallest rank"):
         taken_up.next(3, 2, "CUDA out of memory")
+
+
+def test_several_processes_try_nothing():
+    """The others wait for gradients; a step taken again would be another number of exchanges."""
+    rows = []
+    relief = MemoryRelief(torch.nn.Linear(2, 2), rows.append, alone=False)
+    relief.what_fits = lambda limit: [f"{limit} bytes"]
+    with pytest.raises(VRAMExhaustedError, match="several processes"):
+        relief.next(3, 2, "CUDA out of memory")
+    assert rows[0]["remedy"] is None
