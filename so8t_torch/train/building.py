@@ -31,7 +31,7 @@ from so8t_torch.data.chat import Encoded, EncodingReport, encode_records
 from so8t_torch.data.records import Record, read_file
 from so8t_torch.data.scenarios import scenario_records
 from so8t_torch.train.config import AdapterSection, DataSection, LoadingSection, TrainConfig
-from so8t_torch.train.trainer import check_trainable
+from so8t_torch.train.preconditions import check_trainable
 
 MAX_TEMPLATE_BYTES = 1 << 20
 

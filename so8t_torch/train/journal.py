@@ -78,12 +78,20 @@ class Journal:
         if len(self._waiting) == WAITING:
             self._tell(f"the oldest row for {self.path} is lost: {WAITING:,} wait for the disk already")
         self._waiting.append(json_line(row, self.path))
+        error = self._write()
+        if error is not None and not self._refused:
+            self._tell(f"training goes on, rows for {self.path} wait in memory: {error}")
+        self._refused = error is not None
+
+    def close(self) -> None:
+        """Write what waits, for the last time; where the disk still refuses it, say what is lost."""
+        if self._waiting and (error := self._write()) is not None:
+            self._tell(f"the last {len(self._waiting):,} rows for {self.path} are lost: {error}")
+
+    def _write(self) -> OSError | None:
         try:
             append_whole(self.path, "".join(self._waiting))
         except OSError as error:
-            if not self._refused:
-                self._tell(f"training goes on, rows for {self.path} wait in memory: {error}")
-            self._refused = True
-            return
+            return error
         self._waiting.clear()
-        self._refused = False
+        return None

@@ -5,17 +5,23 @@ import errno
 import json
 import math
 import os
+import signal
 
 import pytest
+from transformers import TrainerCallback
 
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.train import journal
 from so8t_torch.train.curves import MARKS, draw_curves, read_marks
 from so8t_torch.train.folder import append_json, read_metrics
+from so8t_torch.train.guard import TrainingStopped
 from so8t_torch.train.journal import Journal, append_whole
+from so8t_torch.train.rollback import read_recovery
 from so8t_torch.train.run import run_training
+from so8t_torch.train.signals import Interrupted
 from so8t_torch.train.table import write_table
 from tests.faults.disk import Fault, broken_disk
+from tests.faults.injection import injected
 
 
 def lines(path):
@@ -46,6 +52,79 @@ def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path):
     assert [row["step"] for row in lines(tmp_path / "rows.jsonl")] == [1, 2, 3, 4, 5]
     assert len(told) == 1
     assert "wait in memory" in told[0]
+
+
+def test_rows_that_wait_at_the_end_are_written_or_said_to_be_lost(tmp_path):
+    told = []
+    kept = Journal(tmp_path / "rows.jsonl", told.append)
+    with broken_disk(tmp_path, Fault("write", errno.ENOSPC)):
+        kept.add({"step": 1})
+        kept.add({"step": 2})
+        kept.close()
+    assert "the last 2 rows for" in told[-1]
+    assert "are lost: " in told[-1]
+    kept.close()
+    assert [row["step"] for row in lines(tmp_path / "rows.jsonl")] == [1, 2]
+    kept.close()
+    assert len(told) == 2
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, _args, state, _control, **_):
+        if state.global_step == self.step:
+            self.act()
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_a_signal_ends_has_its_table_and_its_curves(settings, number, status):
+    config = settings()
+    with pytest.raises(Interrupted) as caught:
+        run_training(config, callbacks=[At(2, lambda: os.kill(os.getpid(), number))])
+    assert caught.value.exit_code == status
+    with (config.output_dir / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+        assert [row["step"] for row in csv.DictReader(handle) if row["kind"] == "train"] == ["1", "2"]
+    assert (config.output_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_the_ladder_stops_has_its_table_and_its_curves(settings, step):
+    """Also where it stops before anything was logged, and without a checkpoint."""
+    config = settings(recovery={"recoveries": 0})
+    with injected("loss", "nan", {step}) as injection, pytest.raises(TrainingStopped):
+        run_training(config, callbacks=[injection])
+    assert [row["step"] for row in read_metrics(config.output_dir / "metrics.jsonl")] == list(range(1, step))
+    assert (config.output_dir / "metrics.csv").is_file()
+    assert (config.output_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_disk_that_takes_no_curves_does_not_hide_why_the_run_stopped(settings, capsys):
+    config = settings(recovery={"recoveries": 0})
+    with (
+        broken_disk(config.output_dir / "metrics.csv.part", Fault("open", errno.ENOSPC)),
+        injected("weight", "nan", {2}) as injection,
+        pytest.raises(TrainingStopped),
+    ):
+        run_training(config, callbacks=[injection])
+    assert "are not up to date" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_record_of_a_roll_back_that_the_disk_refuses_is_written_later(settings, capsys, lasts):
+    config = settings(checkpoint={"every_steps": 1})
+    fault = Fault("open", errno.ENOSPC, lasts=lasts)
+    with broken_disk(config.output_dir / "recovery.json.part", fault), injected("weight", "nan", {3}) as injection:
+        run = run_training(config, callbacks=[injection])
+    assert run.steps == 4
+    told = capsys.readouterr().err
+    assert told.count("recovery.json waits in memory") == 1
+    assert told.count("recovery.json is lost") == lasts
+    assert read_recovery(config.output_dir).rollbacks == (not lasts)
 
 
 def test_waiting_rows_are_bounded_and_a_loss_is_told(tmp_path, monkeypatch):
