@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -227,10 +228,15 @@ def read_foreign(path: str | Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file that is none of torch's its reader says whatever it trips over
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} is not a file of tensors and plain values ({reason:.200}); it stays unread."
+            f"{path} is not a file of tensors and plain values ({_reason(error)}); it stays unread."
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; expected a dictionary of tensors.")
     return found
+
+
+def _reason(error: Exception) -> str:
+    """Return what of a reader's error tells about the file; advice on how to execute it is left out."""
+    refused = re.search(r"Unsupported \w+: .*?(?=was not an allowed| that|$)", str(error), re.MULTILINE)
+    return f"{type(error).__name__}: {(refused[0] if refused else str(error)).strip():.200}".splitlines()[0]
