@@ -25,9 +25,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import CheckpointError
+from so8t_torch.core.files import read_text
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
+MAX_JSON_BYTES = 1 << 28
+"""Of a state: the longest holds the log of every step."""
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -108,7 +111,7 @@ def read_state(folder: Path, name: str) -> Any:
         CheckpointError: a file is missing or damaged.
     """
     try:
-        plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        plain = json.loads(read_text(folder / f"{name}.json", CheckpointError, limit=MAX_JSON_BYTES))
         path = folder / f"{name}.safetensors"
         return unpack(plain, load_file(path) if path.is_file() else {})
     except CheckpointError:

@@ -30,6 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from so8t_torch.core.errors import CheckpointError, TrainingError
+from so8t_torch.core.files import opened
 from so8t_torch.data.chat import Encoded
 from so8t_torch.train import checkpoint_state as files
 from so8t_torch.train import checkpoints
@@ -126,6 +127,9 @@ class CheckpointedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train, from a checkpoint if one is named."""
         self._resumed = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        if self._resumed is not None:
+            with opened(self._resumed / TRAINER_STATE_NAME, CheckpointError, limit=files.MAX_JSON_BYTES):
+                pass  # the library reads it whole, whatever its size
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from so8t_torch.core.errors import CheckpointError
-from so8t_torch.train import health
+from so8t_torch.train import checkpoint_state, health
 from so8t_torch.train.checkpoint_state import (
     generators,
     load_model,
@@ -76,6 +76,13 @@ def test_a_mark_without_meaning_is_refused(tree):
 def test_a_state_that_is_no_json_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(CheckpointError, match="x cannot be read"):
+        read_state(tmp_path, "x")
+
+
+def test_a_state_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text("[" + 200 * " ")
+    monkeypatch.setattr(checkpoint_state, "MAX_JSON_BYTES", 200)
+    with pytest.raises(CheckpointError, match=r"x\.json: expected at most 200 bytes, got 201"):
         read_state(tmp_path, "x")
 
 
