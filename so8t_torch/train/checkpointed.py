@@ -35,6 +35,7 @@ from so8t_torch.data.chat import Encoded
 from so8t_torch.train import checkpoint_state as files
 from so8t_torch.train import checkpoints
 from so8t_torch.train.data_order import Consumption, Span, Stream
+from so8t_torch.train.fingerprint import Fingerprint, changes
 from so8t_torch.train.health import scan
 from so8t_torch.train.manifest import Health, Manifest, read_manifest
 from so8t_torch.train.rollback import Recovery, RollbackRequested, TrainingExtra
@@ -45,13 +46,14 @@ STATE = "so8t_state"
 
 @dataclass(frozen=True)
 class Keeping:
-    """How checkpoints of a run are marked and how many stay; see ``checkpoints.rotate``."""
+    """How checkpoints of a run are marked, by settings and base, and how many stay; see ``checkpoints.rotate``."""
 
     config_hash: str = ""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     keep: int = 5
     best: bool = True
     horizon: int = 0
+    base: Fingerprint = field(default_factory=dict)
 
 
 class CheckpointedTrainer(Trainer):
@@ -246,7 +248,7 @@ class CheckpointedTrainer(Trainer):
         self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
         extras = {extra.name: extra.state() for extra in self.extras}
         data = {"samples": self.consumption.samples, "sha256": self._digest}
-        state = {"version": 1, "data": data, "phases": self.phases(), "extras": extras}
+        state = {"version": 1, "base": dict(self.keeping.base), "data": data, "phases": self.phases(), "extras": extras}
         (waiting / f"{STATE}.json").write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def _manifest(self, health: Health) -> Manifest:
@@ -275,7 +277,13 @@ class CheckpointedTrainer(Trainer):
                 f"{folder} was written by {processes} processes, and {self.args.world_size} train now; the steps would "
                 "be others. Start as many as before, or begin a new run."
             )
-        data = files.read_state(folder, STATE)["data"]
+        state = files.read_state(folder, STATE)
+        if changed := changes(state["base"], self.keeping.base):
+            raise CheckpointError(
+                f"{folder} was trained on another base: {'; '.join(changed)}. What was learned does not fit this one. "
+                "Restore the base as it was, or begin a new run."
+            )
+        data = state["data"]
         if data != {"samples": self.consumption.samples, "sha256": self._digest}:
             raise CheckpointError(
                 f"{folder} learned from {data['samples']:,} samples, and these {self.consumption.samples:,} are not "
