@@ -27,6 +27,7 @@ from so8t_torch.train.checkpoint_state import (
     write_model,
     write_state,
 )
+from tests.drawn import steadily
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4)
 KEYS = st.text(max_size=3) | st.integers(-3, 3) | st.sampled_from(["$tensor", "$float", "$items", "$"])
@@ -38,6 +39,7 @@ TREES = st.recursive(
 
 
 @given(tree=TREES)
+@steadily
 def test_every_plain_tree_comes_back(tree):
     plain, tensors = pack(tree)
     assert tensors == {}

@@ -27,6 +27,8 @@ from so8t_torch.train.run import run_training
 from so8t_torch.train.trainer import SO8TTrainer
 from tests.faults.logits_at_fault import capture, contents
 
+pytestmark = pytest.mark.usefixtures("none_dropped")
+
 ON = {"save_logits": True, "save_logits_steps": 1}
 
 
