@@ -142,7 +142,7 @@ def write(folder, step, seed=0, mode="topk", time="20300101_000000"):
     logits, labels = example(seed)
     record = replace(record_of(logits, labels, mode, step=step), timestamp=time)
     path = folder / f"logits_step_{step}_epoch_0_{time}.safetensors"
-    path.write_bytes(record.encode("safetensors"))
+    path.write_bytes(b"".join(record.encode("safetensors")))
     return path
 
 
@@ -313,7 +313,7 @@ def test_a_table_of_overflowed_logits_says_how_many_were_left_out(tmp_path):
     for scale in (1.0, 1e6):
         logits[:3] *= scale
         path = tmp_path / "logits_step_1_epoch_0_20300101_000000.safetensors"
-        path.write_bytes(record_of(logits, labels, dtype=torch.float16).encode("safetensors"))
+        path.write_bytes(b"".join(record_of(logits, labels, dtype=torch.float16).encode("safetensors")))
         columns = {str(column.header): [str(cell) for cell in column._cells] for column in show(path)[0].columns}
         assert columns.get("left out") == (["3"] if scale > 1 else None)
 
