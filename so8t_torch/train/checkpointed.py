@@ -30,10 +30,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from so8t_torch.core.errors import CheckpointError, TrainingError
+from so8t_torch.core.files import opened
 from so8t_torch.data.chat import Encoded
 from so8t_torch.train import checkpoint_state as files
 from so8t_torch.train import checkpoints
 from so8t_torch.train.data_order import Consumption, Span, Stream
+from so8t_torch.train.fingerprint import Fingerprint, changes
 from so8t_torch.train.health import scan
 from so8t_torch.train.manifest import Health, Manifest, read_manifest
 from so8t_torch.train.rollback import Recovery, RollbackRequested, TrainingExtra
@@ -45,13 +47,14 @@ STATE = "so8t_state"
 
 @dataclass(frozen=True)
 class Keeping:
-    """How checkpoints of a run are marked and how many stay; see ``checkpoints.rotate``."""
+    """How checkpoints of a run are marked, by settings and base, and how many stay; see ``checkpoints.rotate``."""
 
     config_hash: str = ""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     keep: int = 5
     best: bool = True
     horizon: int = 0
+    base: Fingerprint = field(default_factory=dict)
 
 
 class CheckpointedTrainer(Trainer):
@@ -131,6 +134,9 @@ class CheckpointedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train, from a checkpoint if one is named, else from the start, also where some steps were taken already."""
         self._resumed = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        if self._resumed is not None:
+            with opened(self._resumed / TRAINER_STATE_NAME, CheckpointError, limit=files.MAX_JSON_BYTES):
+                pass  # the library reads it whole, whatever its size
         if self._resumed is None and self.optimizer is not None:
             self.begin_anew()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -260,7 +266,7 @@ class CheckpointedTrainer(Trainer):
         self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
         extras = {extra.name: extra.state() for extra in self.extras}
         data = {"samples": self.consumption.samples, "sha256": self._digest}
-        state = {"version": 1, "data": data, "phases": self.phases(), "extras": extras}
+        state = {"version": 1, "base": dict(self.keeping.base), "data": data, "phases": self.phases(), "extras": extras}
         (waiting / f"{STATE}.json").write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def _manifest(self, health: Health) -> Manifest:
@@ -289,7 +295,13 @@ class CheckpointedTrainer(Trainer):
                 f"{folder} was written by {processes} processes, and {self.args.world_size} train now; the steps would "
                 "be others. Start as many as before, or begin a new run."
             )
-        data = files.read_state(folder, STATE)["data"]
+        state = files.read_state(folder, STATE)
+        if changed := changes(state["base"], self.keeping.base):
+            raise CheckpointError(
+                f"{folder} was trained on another base: {'; '.join(changed)}. What was learned does not fit this one. "
+                "Restore the base as it was, or begin a new run."
+            )
+        data = state["data"]
         if data != {"samples": self.consumption.samples, "sha256": self._digest}:
             raise CheckpointError(
                 f"{folder} learned from {data['samples']:,} samples, and these {self.consumption.samples:,} are not "

@@ -23,15 +23,16 @@ from typing import Any
 
 from so8t_torch.core.config import dump_config, load_config
 from so8t_torch.core.errors import CheckpointError, ConfigError
-from so8t_torch.data.records import parse_json_object
 from so8t_torch.train import checkpoints
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.journal import Journal, append_whole, json_line, on_terminal
+from so8t_torch.train.journal import Journal, on_terminal, read_rows
 from so8t_torch.train.manifest import write_bytes
 from so8t_torch.train.rollback import FILE, Recovery, read_recovery
 
 FREE_ON_RESUME = ("output_dir", "threads", "card", "recording", "logits", "checkpoint", "evaluation")
 """Settings that a resumed run may change; every other one would make it a different run."""
+
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -268,20 +269,18 @@ def cut_off_half_a_line(path: Path) -> None:
     """Cut a text file behind its last whole line."""
     if not path.is_file():
         return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_bytes(path, whole)
-
-
-def append_json(path: Path, row: dict[str, Any]) -> None:
-    """Append one line of JSON, whole or not at all.
-
-    Raises:
-        TrainingError: a number is not finite; such a number is an error, never a record.
-        OSError: the disk refuses it.
-    """
-    append_whole(path, json_line(row, path))
+    with path.open("r+b") as handle:
+        kept = size = handle.seek(0, os.SEEK_END)
+        while kept:
+            start = max(0, kept - _BLOCK)
+            handle.seek(start)
+            end = handle.read(kept - start).rfind(b"\n") + 1
+            kept = start + end
+            if end:
+                break
+        if kept != size:
+            handle.truncate(kept)
+            os.fsync(handle.fileno())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -296,8 +295,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path: ``metrics.jsonl`` of a run.
+
+    Raises:
+        DataError: as for ``read_rows``.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [parse_json_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-    latest = {(row["step"], row["kind"]): row for row in rows}
+    latest = {(row["step"], row["kind"]): row for row in read_rows(path)}
     return sorted(latest.values(), key=lambda row: row["step"])

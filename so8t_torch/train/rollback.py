@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from so8t_torch.core.errors import CheckpointError
+from so8t_torch.core.files import read_text
 from so8t_torch.train.data_order import Span, merged
 
 FILE = "recovery.json"
 VERSION = 1
+MAX_BYTES = 1 << 24
 
 Json = Any
 """What JSON can say: ``None``, booleans, finite numbers, texts, lists, and objects of these."""
@@ -96,7 +98,7 @@ def read_recovery(run: Path) -> Recovery:
     if not path.is_file():
         return Recovery()
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_text(path, CheckpointError, limit=MAX_BYTES))
         if tree["version"] != VERSION:
             raise ValueError(f"version {tree['version']}")
         spans = merged((first, last) for first, last in tree["skipped"])

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,7 +261,7 @@ def _trainer(
         config.training,
         config.penalty,
         [Recorder(folder), *callbacks],
-        keeping(config),
+        replace(keeping(config), base=job.base),
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
     )
     trainer.relief.what_fits = lambda limit: fitting(config, limit)

@@ -10,12 +10,12 @@ import signal
 import pytest
 from transformers import TrainerCallback
 
-from so8t_torch.core.errors import TrainingError
+from so8t_torch.core.errors import DataError, TrainingError
 from so8t_torch.train import journal
 from so8t_torch.train.curves import MARKS, draw_curves, read_marks
-from so8t_torch.train.folder import append_json, read_metrics
+from so8t_torch.train.folder import cut_off_half_a_line, read_metrics
 from so8t_torch.train.guard import TrainingStopped
-from so8t_torch.train.journal import Journal, append_whole
+from so8t_torch.train.journal import Journal, append_whole, read_rows
 from so8t_torch.train.rollback import read_recovery
 from so8t_torch.train.run import run_training
 from so8t_torch.train.signals import Interrupted
@@ -24,19 +24,50 @@ from tests.faults.disk import Fault, broken_disk
 from tests.faults.injection import injected
 
 
+def append(path, *rows):
+    for row in rows:
+        append_whole(path, journal.json_line(row, path))
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("text", ["", "whole\n", "whole\nhalf", "half", f"whole\n{'x' * 200_000}", "x" * 200_000])
+def test_half_a_line_is_cut_off_and_the_rest_stays(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    cut_off_half_a_line(path)
+    assert path.read_text() == ("whole\n" if "whole" in text else "")
+
+
+def test_rows_come_back_with_every_character(tmp_path):
+    rows = [{"text": "a\u2028b\x85c\x0bd\r\ne"}, {"text": "後"}]
+    append(tmp_path / "rows.jsonl", *rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_rows_that_cannot_be_are_refused_with_their_place(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(DataError, match=r"rows\.jsonl: no such file"):
+        read_rows(path)
+    path.write_text('{"step": 1}\n[2]\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: expected a JSON object, got a list"):
+        read_rows(path)
+    monkeypatch.setattr(journal, "MAX_BYTES", 15)
+    with pytest.raises(DataError, match=r"rows\.jsonl: expected at most 15 bytes, got 16"):
+        read_rows(path)
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 20])
 def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, after):
     path = tmp_path / "rows.jsonl"
-    append_json(path, {"step": 1})
+    append(path, {"step": 1})
     before = path.read_bytes()
     with broken_disk(tmp_path, Fault("write", errno.ENOSPC, after)), pytest.raises(OSError, match="No space left"):
-        append_json(path, {"step": 2, "text": "ü" * 40})
+        append(path, {"step": 2, "text": "ü" * 40})
     assert path.read_bytes() == before
-    append_json(path, {"step": 3})
+    append(path, {"step": 3})
     assert [row["step"] for row in lines(path)] == [1, 3]
 
 
@@ -188,8 +219,7 @@ def test_the_table_holds_every_entry_and_every_field(settings, sentences):
 
 def test_names_with_commas_and_quotes_come_back(tmp_path):
     rows = [{"step": 1, "kind": "train", 'lr/a,"b"': 0.1}, {"step": 2, "kind": "train", "note": "x\ny"}]
-    for row in rows:
-        append_json(tmp_path / "metrics.jsonl", row)
+    append(tmp_path / "metrics.jsonl", *rows)
     write_table(tmp_path / "metrics.jsonl", tmp_path / "metrics.csv")
     with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as handle:
         table = list(csv.DictReader(handle))
@@ -212,13 +242,12 @@ EVENTS = [
 
 def test_recoveries_and_resumes_are_marked(tmp_path, monkeypatch):
     events = tmp_path / "events.jsonl"
-    for row in EVENTS:
-        append_json(events, row)
+    append(events, *EVENTS)
     marks = [(3, "skip"), (5, "out of memory"), (9, "rollback"), (9, "rollback"), (6, "resume"), (12, "stop")]
     assert read_marks(events) == marks
     assert {kind for _, kind in marks} <= MARKS.keys()
     for step in range(1, 13):
-        append_json(tmp_path / "metrics.jsonl", {"step": step, "kind": "train", "loss/lm": 1 / step, "grad_norm": 1.0})
+        append(tmp_path / "metrics.jsonl", {"step": step, "kind": "train", "loss/lm": 1 / step, "grad_norm": 1.0})
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda _, step, color, **__: drawn.append((step, color)))
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", events)

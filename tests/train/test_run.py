@@ -14,7 +14,8 @@ from so8t_torch.adapter import load_adapter
 from so8t_torch.core.errors import ConfigError, SO8TError, TrainingError
 from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train.environment import environment, git_state
-from so8t_torch.train.folder import RunFolder, append_json, read_metrics
+from so8t_torch.train.folder import RunFolder, read_metrics
+from so8t_torch.train.journal import json_line
 from so8t_torch.train.run import evaluate_run, run_training
 
 
@@ -354,11 +355,9 @@ def test_a_folder_without_a_finished_run_cannot_be_evaluated(tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_never_written(tmp_path):
-    path = tmp_path / "metrics.jsonl"
     for number in (float("nan"), float("inf")):
         with pytest.raises(TrainingError, match="not finite"):
-            append_json(path, {"loss": number})
-    assert not path.exists()
+            json_line({"loss": number}, tmp_path / "metrics.jsonl")
 
 
 def test_a_file_outside_any_checkout_has_no_commit(tmp_path):
