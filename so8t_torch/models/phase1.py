@@ -47,6 +47,7 @@ class Phase1Block(GradientCheckpointingLayer):
             core=config.ar_ssm_core,
             decays=config.ar_ssm_decays,
             adaptive_time_step=config.ar_ssm_adaptive_time_step,
+            rotating=config.ar_ssm_complex,
             band_width=config.ar_ssm_band_width,
         )
         self.mixer.set_gate_mode(config.ar_ssm_gate_mode, config.ar_ssm_gumbel_temperature)
