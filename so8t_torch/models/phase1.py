@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from so8t_torch.models.configuration import Phase1Config
 from so8t_torch.models.feed_forward import FeedForward
@@ -30,13 +30,12 @@ class Phase1Block(GradientCheckpointingLayer):
 
     Args:
         config: of the model.
-        layer_index: number of the block; it makes no difference here.
     """
 
-    def __init__(self, config: Phase1Config, layer_index: int = 0) -> None:
+    def __init__(self, config: Phase1Config) -> None:
         super().__init__()
         width, branches = config.d_model, 2 * config.n_layers
-        self.layer_index, self.checkpoint_mixer = layer_index, config.checkpoint_ar_ssm
+        self.checkpoint_mixer = config.checkpoint_ar_ssm
         self.mixer_norm, self.ffn_norm = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
         self.mixer = AdaptiveRankSemiseparableLayer(
             width,
@@ -61,6 +60,11 @@ class Phase1Block(GradientCheckpointingLayer):
             branches=branches,
         )
         self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the tensors that the block carries from token to token, in order."""
+        return State._fields
 
     def initial_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the state before the first token.
