@@ -86,7 +86,7 @@ def test_a_thousand_random_splits():
     model, draw, rows, length = built(n_layers=1), random.Random(0), 1000, 20
     tokens = ids(1, length).expand(rows, -1)
     cuts = [sorted(draw.sample(range(1, length), draw.randrange(length))) for _ in range(rows)]
-    assert len({tuple(cut) for cut in cuts}) > 900
+    assert len({tuple(cut) for cut in cuts}) > 800
     ends = [[0, *cut, length] for cut in cuts]
     cache, found = RecurrentCache(model.config), torch.zeros(rows, length, VOCAB, dtype=torch.float64)
     for piece in range(max(map(len, ends)) - 1):
