@@ -160,7 +160,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             position_ids=position_ids,
             entering=None if cache is None else read_positions(cache, sizes[0]),
         )
-        x = embedded = self._embedded(input_ids, inputs_embeds, rows)
+        x = self._embedded(input_ids, inputs_embeds, rows)
         stream, findings = [], []
         for number, block in enumerate(self.layers):
             stream.append(x)
@@ -178,16 +178,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 write_states(cache, number, state)
         if use_cache and cache is not None:
             write_positions(cache, rows.counts, sizes[1])
+        stream.append(x)
         x = rows.restore(self.norm(x))
         aux = [found.pop("aux_loss") for found in findings if "aux_loss" in found]
         report = None
         if diagnostics is not None:
-            heavy = [embedded, *stream[1:], x] if diagnostics == "full" else None
+            heavy = [*stream, x] if diagnostics == "full" else None
             report = self._report(findings, heavy, rows)
         return HiddenOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*map(rows.restore, stream), x) if self._wants_stream(output_hidden_states) else None,
+            hidden_states=(*map(rows.restore, stream[:-1]), x) if self._wants_stream(output_hidden_states) else None,
             diagnostics=report,
             aux_loss=torch.stack(aux).sum() if aux else None,
         )
