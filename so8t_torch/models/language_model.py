@@ -70,9 +70,9 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the head if it is a linear layer."""
-        return self.lm_head
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self._head()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Put another head in its place."""
@@ -132,7 +132,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = found.last_hidden_state
-        logits = None if skip_logits else self._logits(slice_logits_to_keep(hidden, logits_to_keep))
+        logits = None if skip_logits else self._head()(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self._loss(
@@ -153,8 +153,9 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             aux_loss=found.aux_loss,
         )
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return TensorTrainHead(self.model.embed_tokens)(hidden) if self.lm_head is None else self.lm_head(hidden)
+    def _head(self) -> nn.Module:
+        """Return the head; that of a tensor train has no parameters of its own and is made anew."""
+        return TensorTrainHead(self.model.embed_tokens) if self.lm_head is None else self.lm_head
 
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, labels: Tensor, aux: Tensor | None, items: int | Tensor | None
@@ -167,7 +168,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         if self.lm_head is None:
             total = TensorTrainHead(self.model.embed_tokens).loss(hidden, wanted, reduction="sum")
         else:
-            scores = self._logits(hidden) if logits is None else logits
+            scores = self._head()(hidden) if logits is None else logits
             scores = scores.to(accumulation_dtype(scores.dtype))
             total = nn.functional.cross_entropy(
                 scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"

