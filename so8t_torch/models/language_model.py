@@ -74,7 +74,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         """Return the head."""
         return self._head()
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: Any) -> None:
         """Put another head in its place."""
         self.lm_head = value
 
@@ -155,7 +155,12 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
     def _head(self) -> nn.Module:
         """Return the head; that of a tensor train has no parameters of its own and is made anew."""
-        return TensorTrainHead(self.model.embed_tokens) if self.lm_head is None else self.lm_head
+        return self._train_head() if self.lm_head is None else self.lm_head
+
+    def _train_head(self) -> TensorTrainHead:
+        embedding = self.model.embed_tokens
+        assert isinstance(embedding, HolographicTTEmbedding)
+        return TensorTrainHead(embedding)
 
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, labels: Tensor, aux: Tensor | None, items: int | Tensor | None
@@ -166,7 +171,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         counted = (wanted != IGNORED).sum()
         if self.lm_head is None:
-            total = TensorTrainHead(self.model.embed_tokens).loss(hidden, wanted, reduction="sum")
+            total = self._train_head().loss(hidden, wanted, reduction="sum")
         else:
             scores = self._head()(hidden) if logits is None else logits
             scores = scores.to(accumulation_dtype(scores.dtype))
