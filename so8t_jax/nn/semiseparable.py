@@ -40,7 +40,7 @@ class State(NamedTuple):
     """
 
     mixer: Array
-    band: Float[Array, "k-1 d"]
+    band: Array
 
 
 class AdaptiveRankSemiseparableLayer(nnx.Module):

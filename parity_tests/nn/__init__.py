@@ -1,0 +1,5 @@
+"""The table of layers and models that exist on both sides, judged with the checks of the operations."""
+
+from parity_tests.nn.layers import LAYERS
+
+PAIRS = (*LAYERS,)
