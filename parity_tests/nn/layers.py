@@ -80,7 +80,7 @@ def gate(name: str, frozen: str, **options: Any) -> OpPair:
 
     def definition(dtype: Any) -> Any:
         scale = alpha / rank if rank else 1.0
-        chosen = {"rank": rank, "scaling": scale, "param_dtype": dtype, "rngs": rngs()}
+        chosen: dict[str, Any] = {"rank": rank, "scaling": scale, "param_dtype": dtype, "rngs": rngs()}
         return gate_definition.SO8TLayer(WIDTH, OUTPUTS, **options, **chosen)
 
     return twin(
@@ -144,7 +144,7 @@ def head() -> OpPair:
 
 def ar_ssm(name: str, **options: Any) -> OpPair:
     """Declare an adaptive-rank semiseparable layer, with the state and the loss of its gates."""
-    chosen = {"max_rank": RANK, "min_rank": 2, "band_width": TAPS, **options}
+    chosen: dict[str, Any] = {"max_rank": RANK, "min_rank": 2, "band_width": TAPS, **options}
     mode = chosen.pop("gate_mode", "soft")
     compat = options.get("core") == "compat"
 
@@ -188,7 +188,7 @@ def ar_ssm(name: str, **options: Any) -> OpPair:
 
 def bk(name: str, **options: Any) -> OpPair:
     """Declare a BK layer, with the rates that it gives to a memory."""
-    chosen = {"channels": CHANNELS, "memory_heads": HEADS, **options}
+    chosen: dict[str, Any] = {"channels": CHANNELS, "memory_heads": HEADS, **options}
     full, lossy = options.get("mode") == "full", options.get("include_gamma_in_h", True)
 
     def state(generator: np.random.Generator) -> np.ndarray:
@@ -220,7 +220,7 @@ def bk(name: str, **options: Any) -> OpPair:
 
 def hebbian(name: str, **options: Any) -> OpPair:
     """Declare a memory of fast weights; without rates of its own they are inputs."""
-    sizes = {"num_heads": HEADS, "head_dim": HEAD_WIDTH}
+    sizes: dict[str, Any] = {"num_heads": HEADS, "head_dim": HEAD_WIDTH}
     brought = options.get("own_decay") is False
 
     def carried(generator: np.random.Generator, size: Size) -> Drawn:
@@ -253,7 +253,7 @@ def feedback() -> OpPair:
     def state(generator: np.random.Generator, _size: Size) -> Drawn:
         return (generator.standard_normal((HEADS, HEAD_WIDTH, HEAD_WIDTH)),)
 
-    chosen = {"num_heads": HEADS, "head_dim": HEAD_WIDTH, "feedback_channels": CHANNELS}
+    chosen: dict[str, Any] = {"num_heads": HEADS, "head_dim": HEAD_WIDTH, "feedback_channels": CHANNELS}
     return twin(
         "nn.hebbian:potential_feedback",
         layer=lambda dtype: DissipativeHebbianLayer(WIDTH, **chosen, dtype=dtype),

@@ -11,7 +11,7 @@ Definition: so8t_jax/ops/hebbian.py. Derivation: docs/math/hebbian.md.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +186,7 @@ class DissipativeHebbianLayer(nnx.Module):
         found = jnp.einsum("hkv,ckv->c", state, self.feedback_weight[...].astype(state.dtype))
         return self.feedback_gate[...].astype(state.dtype) * found / self.num_heads
 
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """Return the options of ``ops.hebbian``."""
         return {"rule": self.rule, "discretization": self.discretization, "key_norm": self.key_norm}
 

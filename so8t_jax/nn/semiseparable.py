@@ -23,7 +23,11 @@ from so8t_jax.ops import rank_gate, semiseparable
 
 __all__ = ["AdaptiveRankSemiseparableLayer", "State"]
 
-MODES = {"soft": "soft", "ste": "straight_through", "gumbel": "binary_concrete"}
+MODES: dict[str, Literal["soft", "straight_through", "binary_concrete"]] = {
+    "soft": "soft",
+    "ste": "straight_through",
+    "gumbel": "binary_concrete",
+}
 """Names of the layer's gate modes, and the room's."""
 HALF_LIVES = (2.0, 4096.0)
 """Shortest and longest half-life of multi-scale decays at the start, in tokens."""

@@ -55,8 +55,9 @@ class ZetaEmbedding(nnx.Module):
         Args:
             positions: whole numbers.
         """
-        options = {"omega_max": self.omega_max, "power": self.power, "mode": self.mode}
-        found = zeta.embedding(positions, self.d_model, scale=self.scale, **options)
+        found = zeta.embedding(
+            positions, self.d_model, scale=self.scale, omega_max=self.omega_max, power=self.power, mode=self.mode
+        )
         return found.astype(self.param_dtype)
 
     def __call__(self, positions: Int[Array, " t"]) -> Float[Array, "t d"]:
