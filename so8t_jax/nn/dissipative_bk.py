@@ -111,6 +111,8 @@ class DissipativeBKLayer(nnx.Module):
         x: Float[Array, "n d"],
         state: Complex[Array, " k"] | None = None,
         segment_ids: Int[Array, " n"] | None = None,
+        *,
+        shift: Float[Array, "n k"] | None = None,
     ) -> Mixed:
         """Return features, state and potential.
 
@@ -118,11 +120,14 @@ class DissipativeBKLayer(nnx.Module):
             x: activations.
             state: what the call on the tokens before returned; ``None`` or zeros at the start of a document.
             segment_ids: chains restart where the number changes.
+            shift: is added to v, by a memory of the tokens before.
 
         Raises:
             ValueError: a state in mode ``"full"``, where the past cannot be summed up.
         """
         potential = self.potential(x)
+        if shift is not None:
+            potential = potential._replace(v=potential.v + shift)
         d = (potential.values - self.z()[None]).T
         beta = self._couplings(x, segment_ids)
         if self.mode == "full":

@@ -133,7 +133,12 @@ class DissipativeHebbianLayer(nnx.Module):
         return self.out(y), last
 
     def tokens(
-        self, x: Float[Array, "n d"], *, padding_mask: Bool[Array, " n"] | None = None, gamma: Array | None = None
+        self,
+        x: Float[Array, "n d"],
+        *,
+        padding_mask: Bool[Array, " n"] | None = None,
+        gamma: Array | None = None,
+        keyed: Float[Array, "n d"] | None = None,
     ) -> Tokens:
         """Return what the recurrence takes from tokens, those of padding without effect.
 
@@ -141,6 +146,7 @@ class DissipativeHebbianLayer(nnx.Module):
             x: activations.
             padding_mask: as for the call.
             gamma: as for the call.
+            keyed: what keys are made of; x without.
 
         Raises:
             ValueError: as the call.
@@ -149,10 +155,8 @@ class DissipativeHebbianLayer(nnx.Module):
             raise ValueError("expected gamma exactly where the layer was built with own_decay=False")
         if padding_mask is not None:
             x = jnp.where(padding_mask[:, None], x, 0.0)
-        q, k, v = (
-            projection(x).reshape(len(x), self.num_heads, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        maps = ((self.q_proj, x), (self.k_proj, x if keyed is None else keyed), (self.v_proj, x))
+        q, k, v = (project(made_of).reshape(len(x), self.num_heads, self.head_dim) for project, made_of in maps)
         if self.gamma_proj is not None:
             gamma = self.base_decay + jax.nn.softplus(self.gamma_proj(x))
         assert gamma is not None
