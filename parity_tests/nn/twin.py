@@ -110,11 +110,13 @@ def _weights(layer: Callable[[torch.dtype], nn.Module]) -> dict[str, np.ndarray]
     torch.manual_seed(SEED)
     module, generator = layer(torch.float64), np.random.default_rng(SEED)
     trained = dict(module.named_parameters())
-    found = {}
+    found: dict[str, np.ndarray] = {}
+    seen: set[int] = set()
     for name, value in module.state_dict(keep_vars=True).items():
-        if name.endswith("_extra_state"):
-            # settings of the layer, which the declaration gives to both sides
+        # settings of the layer, which the declaration gives to both sides, and second names of tied weights
+        if name.endswith("_extra_state") or id(value) in seen:
             continue
+        seen.add(id(value))
         array = value.detach().numpy().copy()
         found[name] = array + MOVED * generator.standard_normal(array.shape) if name in trained else array
     return found
