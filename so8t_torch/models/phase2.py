@@ -198,6 +198,8 @@ class Phase2Block(GradientCheckpointingLayer):
         for first in range(0, x.shape[1], self.config.memory_chunk):
             places = slice(first, first + self.config.memory_chunk)
             piece = marks.piece(places)
+            fresh = piece.starts[:, 0]
+            state = {n: torch.where(fresh.reshape(-1, *(1,) * (t.ndim - 1)), 0.0, t) for n, t in state.items()}
             shift, last = self._shift(x[:, places], state, piece)
             y, state, found = self._mix(x[:, places], state, piece, watched, shift)
             state["shift"] = last
