@@ -38,7 +38,7 @@ LAYER_BAR = 4.0
 """A layer rounds after each of its steps, and the two sides add up in different orders."""
 BOTH = ("float64", "float32")
 """One declaration of each layer is judged in float32 too, the others in float64, where a difference is an error."""
-PLAIN = ("exp", "two_cores", "sum", "operator", "hermitian", "hebb")
+PLAIN = ("two_cores", "sum", "operator", "hermitian", "hebb")
 Drawn = tuple[Any, ...]
 
 
