@@ -195,7 +195,7 @@ class Phase2Model(nnx.Module):
         dense = isinstance(self.embed_tokens, nnx.Embed)
         x = self.embed_tokens.embedding[...][ids] if dense else self.embed_tokens(ids)
         if self.embed_positions is not None:
-            x = x + self.embed_positions(positions)
+            x = x + self.embed_positions(positions).astype(x.dtype)
         last = []
         for number, block in enumerate(self.layers):
             x, after = block(x, None if state is None else state[number], positions)
