@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from so8t_jax.nn.checkpoint import FILES, convert
+from so8t_jax.nn.checkpoint import FILES, Layout, convert
 
-LAYOUTS = {"jax": "flax", "torch": "torch"}
+LAYOUTS: dict[str, Layout] = {"jax": "flax", "torch": "torch"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

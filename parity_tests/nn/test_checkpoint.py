@@ -21,7 +21,7 @@ from so8t_jax.nn.checkpoint import convert, load_model
 from so8t_torch.models.configuration import Phase2Config
 from so8t_torch.models.phase2 import Phase2ForCausalLM
 
-TOKENS = 9
+TOKENS = 8
 environment.prepare()
 
 

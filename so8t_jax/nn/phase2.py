@@ -88,7 +88,8 @@ class Phase2Block(nnx.Module):
         Args:
             dtype: of the activations.
         """
-        config, sizes = self.config, {}
+        config = self.config
+        sizes: dict[str, tuple[int, ...]] = {}
         if config.bk_mode == "causal":
             sizes["chain"] = (self.channels, 2)
         if self.conv is not None:
