@@ -58,10 +58,8 @@ class Phase2Block(GradientCheckpointingLayer):
         super().__init__()
         width, channels = config.d_model, config.bk_channels or config.num_heads
         self.config, self.channels = config, channels
-        self.bk_norm, self.memory_norm, self.ffn_norm = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps) if wanted else None
-            for wanted in (True, config.hebbian_enabled, True)
-        )
+        self.bk_norm, self.ffn_norm = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
+        self.memory_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.hebbian_enabled else None
         self.bk = DissipativeBKLayer(
             width,
             channels=channels,
@@ -173,7 +171,7 @@ class Phase2Block(GradientCheckpointingLayer):
             after["chain"] = torch.stack([mixed.state.real, mixed.state.imag], -1)
         x = x + self.dropout(self.bk_out(mixed.features))
         found = resolvent_findings(mixed, shift) if watched else {}
-        if self.memory is None:
+        if self.memory is None or self.memory_norm is None:
             return x, after, found
         z, keyed = self.memory_norm(x), None
         if self.conv is not None:
@@ -198,8 +196,9 @@ class Phase2Block(GradientCheckpointingLayer):
         for first in range(0, x.shape[1], self.config.memory_chunk):
             places = slice(first, first + self.config.memory_chunk)
             piece = marks.piece(places)
-            fresh = piece.starts[:, 0]
-            state = {n: torch.where(fresh.reshape(-1, *(1,) * (t.ndim - 1)), 0.0, t) for n, t in state.items()}
+            if not piece.aligned:
+                # within a piece the mixers see documents begin, but not at its first token
+                state = {name: _emptied(part, piece.starts[:, 0]) for name, part in state.items()}
             shift, last = self._shift(x[:, places], state, piece)
             y, state, found = self._mix(x[:, places], state, piece, watched, shift)
             state["shift"] = last
@@ -216,7 +215,7 @@ class Phase2Block(GradientCheckpointingLayer):
             shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), state["shift"])
             return shift[:, None], shift
         turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
-        before = torch.where(begun, 0.0, torch.where(marks.starts[:, :1], 0.0, state["shift"])[:, None])
+        before = torch.where(begun, 0.0, state["shift"][:, None])
         early = marks.before_turns()
         _, middle, _ = self._mix(x, state, early, False, before)
         judged = self.memory.judge(middle["memory"]).weights
@@ -226,9 +225,10 @@ class Phase2Block(GradientCheckpointingLayer):
 
     def _linear_maps(self) -> Iterator[tuple[nn.Linear, float]]:
         """Return the linear maps with the size of what they give, beside that of what they take."""
-        yield self.bk_out, self._outward
-        yield self.ffn[0], 1.0
-        yield self.ffn[-1], self._outward
+        first, last = self.ffn[0], self.ffn[-1]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        yield from ((self.bk_out, self._outward), (first, 1.0), (last, self._outward))
 
     @property
     def _outward(self) -> float:
@@ -237,6 +237,11 @@ class Phase2Block(GradientCheckpointingLayer):
         Rows that drown in it could not be told apart by the keys of the memory.
         """
         return self.config.initializer_range * (2 * self.config.n_layers) ** -0.5
+
+
+def _emptied(state: Tensor, rows: Tensor) -> Tensor:
+    """Return a state with zeros in some rows."""
+    return torch.where(rows.reshape(-1, *(1,) * (state.ndim - 1)), 0.0, state)
 
 
 def _memory(config: Phase2Config, channels: int) -> ModulatedMemory:

@@ -12,9 +12,7 @@ WIDTH, TAPS = 3, 4
 def filtered(taps, x):
     """Return y_t = Σ_j taps_j ⊙ x_{t−j} of one document."""
     zero = torch.zeros(WIDTH, dtype=x.dtype)
-    return torch.stack(
-        [sum(taps[j] * (x[t - j] if t >= j else zero) for j in range(len(taps))) for t in range(len(x))]
-    )
+    return torch.stack([sum(taps[j] * (x[t - j] if t >= j else zero) for j in range(len(taps))) for t in range(len(x))])
 
 
 @pytest.fixture
