@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from so8t_torch.adapter import load_adapter
 from so8t_torch.core.config import load_config
-from so8t_torch.core.errors import ConfigError
+from so8t_torch.core.errors import ConfigError, DataError, SO8TError
 from so8t_torch.data.records import Record, read_records
 from so8t_torch.train import building
 from so8t_torch.train.callbacks import QuietProgress, Recorder
@@ -129,8 +129,14 @@ def run_training(
             if arguments.should_save:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 kept.enter_context(folder.held())
+                kept.callback(folder.close)
                 _open(folder, config, start)
-        return _run(config, job, arguments, folder, start, callbacks)
+        try:
+            return _run(config, job, arguments, folder, start, callbacks)
+        except SO8TError:
+            if arguments.should_save:
+                _draw(folder)
+            raise
 
 
 def _run(
@@ -206,7 +212,7 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
     Raises:
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
-    with StopSignals() as signals:
+    with StopSignals(tells=trainer.args.should_save) as signals:
         trainer.add_callback(SaveAndStop(signals, every_minutes))
         # the guard looks when every other callback has said whether this step is written down
         trainer.add_callback(trainer.pop_callback(trainer.guard))
@@ -223,13 +229,13 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
         raise Interrupted(signals.received, step)
 
 
-def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequested) -> Path:
+def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequested) -> Path | None:
     step = trainer.state.global_step
     recovery = trainer.grant(request)
     if trainer.args.should_save:
         folder.write_recovery(recovery)
-        name, skipped = request.checkpoint.name, list(request.skipped)
-        folder.event("rollback", step=step, checkpoint=name, skipped=skipped, reason=request.reason)
+        name = None if request.checkpoint is None else request.checkpoint.name
+        folder.event("rollback", step=step, checkpoint=name, skipped=list(request.skipped), reason=request.reason)
     trainer.accelerator.wait_for_everyone()
     return request.checkpoint
 
@@ -255,7 +261,7 @@ def _trainer(
         config.training,
         config.penalty,
         [Recorder(folder), *callbacks],
-        keeping(config),
+        replace(keeping(config), base=job.base),
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
     )
     trainer.relief.what_fits = lambda limit: fitting(config, limit)
@@ -305,6 +311,17 @@ def _triage(config: TrainConfig, job: building.Job) -> TriageReport:
     from so8t_torch.safety.evaluation import evaluate_triage
 
     return evaluate_triage(job.model, job.tokenizer, job.held_out_records, batch_size=config.evaluation.batch_size)
+
+
+def _draw(folder: RunFolder) -> None:
+    """Make table and curves of a run that ends early, for a reason that a disk which refuses them must not hide."""
+    folder.close()
+    try:
+        folder.metrics.touch()
+        write_table(folder.metrics, folder.table)
+        draw_curves(folder.metrics, folder.curves, folder.events)
+    except (OSError, DataError) as error:
+        on_terminal(f"{folder.table} and {folder.curves} are not up to date: {error}")
 
 
 def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None) -> None:
