@@ -190,6 +190,21 @@ def parity(
     raise typer.Exit(subprocess.run([sys.executable, "-m", "parity_tests", *chosen], check=False).returncode)
 
 
+@app.command(
+    "convert-weights",
+    epilog="Examples: [bold]so8t convert-weights MODEL FLAX --to jax[/bold] · "
+    "[bold]so8t convert-weights FLAX MODEL --to torch[/bold]",
+)
+def convert_weights(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Phase 2 model; only read.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    to: Annotated[Literal["jax", "torch"], typer.Option(help="Side that is to read the weights.")],
+) -> None:
+    """Write a model's weights for its definition in Flax, or back (a process of its own: it needs JAX)."""
+    chosen = ["-m", "so8t_jax", "convert-weights", "--to", to, "--", str(source), str(output)]
+    raise typer.Exit(subprocess.run([sys.executable, *chosen], check=False).returncode)
+
+
 @app.command(epilog="Example: [bold]so8t demo --output runs/quickstart[/bold]")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the base, the runs and the summary.")] = Path(

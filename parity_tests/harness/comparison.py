@@ -7,8 +7,8 @@ For one output of one example the error in eps is
 and the error of a batch is that of its worst example. It is accepted when it is at most
 
     budget                                     in float64, where x itself is a float64 computation
-    min(budget, max(2 · straightforward, 1))   below, where ``straightforward`` is the error of the definition
-                                               evaluated in float32 and rounded once to dtype
+    min(budget, max(bar · straightforward, 1)) below, where ``straightforward`` is the error of the definition
+                                               evaluated in float32 and rounded once to dtype, and ``bar`` is 2
 
 ``zeros`` is the error that an output of zeros would have: it must not be accepted where x reaches its floor.
 """
@@ -44,6 +44,7 @@ class Expected:
         floor: natural size where the result cancels.
         batched: whether axis 0 counts examples.
         nonfinite: whether NaN and infinities are declared.
+        bar: factor of ``straightforward``.
     """
 
     what: str
@@ -54,6 +55,7 @@ class Expected:
     floor: float
     batched: bool
     nonfinite: bool = False
+    bar: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def allowed(expected: Expected) -> float:
     """Return the limit in eps once the second bar is applied."""
     if expected.straightforward is None:
         return expected.budget
-    return min(expected.budget, max(2.0 * expected.straightforward, 1.0))
+    return min(expected.budget, max(expected.bar * expected.straightforward, 1.0))
 
 
 def error_in_eps(dtype: str, truth: np.ndarray, found: np.ndarray, *, floor: float, batched: bool) -> float:

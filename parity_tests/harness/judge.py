@@ -134,6 +134,7 @@ def _outputs(
             floor=pair.budget.floor,
             batched=batched,
             nonfinite=nonfinite,
+            bar=pair.budget.bar,
         )
         for index, leaf in enumerate(judged.leaves)
     ]
@@ -166,6 +167,7 @@ def _gradients(pair: OpPair, situations: list[_Situation], dtype: str, nonfinite
             floor=pair.budget.gradient_floor,
             batched=judged.inputs.axes[position] == 0,
             nonfinite=nonfinite,
+            bar=pair.budget.bar,
         )
         couples = [(g[position], low[position]) for g, low in zip(exact, plain, strict=False)] if plain else []
         found[position] = _barred(e, own, couples)

@@ -23,7 +23,7 @@ class Budget:
     The error of one output of one example is ``max|x̂ − x| / (eps · max(max|x|, floor))``: relative to the largest
     entry, so that an output of zeros is wrong by 1/eps and a budget that accepts it is refused. ``floor`` is for
     results that cancel (a residual, a bracket of commuting elements): the size of the terms that cancelled.
-    Below float64 a second bar holds whatever the budget says: twice the error of the definition evaluated in
+    Below float64 a second bar holds whatever the budget says: ``bar`` times the error of the definition evaluated in
     float32 and rounded once, or 1 eps if that is larger.
 
     Attributes:
@@ -31,12 +31,14 @@ class Budget:
         gradient: accepted error of every gradient.
         floor: natural size of the outputs where they cancel, in their own unit.
         gradient_floor: the same for the gradients.
+        bar: factor of the second bar: 2 for an operation; more for a layer, which is many of them.
     """
 
     forward: Eps
     gradient: Eps = 0.0
     floor: float = 0.0
     gradient_floor: float = 0.0
+    bar: float = 2.0
 
 
 @dataclass(frozen=True)

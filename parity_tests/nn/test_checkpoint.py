@@ -1,0 +1,156 @@
+"""Weights that cross from production to its definition and back, by function and by command, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.torch import load_file, save_file
+
+from parity_tests.harness import environment
+from parity_tests.nn.models import SMALL
+from so8t_jax.__main__ import main
+from so8t_jax.nn import phase2_config
+from so8t_jax.nn.checkpoint import convert, load_model
+from so8t_torch.models.configuration import Phase2Config
+from so8t_torch.models.phase2 import Phase2ForCausalLM
+
+TOKENS = 8
+environment.prepare()
+
+
+def saved(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Phase2ForCausalLM:
+    torch.manual_seed(3)
+    fields = SMALL | {"embedding": "tt", "tie_word_embeddings": True} | options
+    model = Phase2ForCausalLM(Phase2Config(**fields)).to(dtype).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "torch"
+    saved(path)
+    return path
+
+
+def test_there_and_back_is_the_same_file_of_numbers(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "flax", "flax")
+    convert(tmp_path / "flax", tmp_path / "torch", "torch")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "torch"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name])
+    again = Phase2ForCausalLM.from_pretrained(tmp_path / "torch")
+    assert again.config.to_dict().keys() == Phase2ForCausalLM.from_pretrained(folder).config.to_dict().keys()
+
+
+def test_the_command_carries_a_model_to_its_definition(tmp_path: Path) -> None:
+    model = saved(tmp_path / "torch", dtype=torch.float64, n_layers=2)
+    run = [sys.executable, "-m", "so8t_torch.cli", "convert-weights", "torch", "flax", "--to", "jax"]
+    root = Path(__file__).parents[2]
+    environ = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(run, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    definition = load_model(tmp_path / "flax")
+    ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], TOKENS)
+    wanted = torch.from_numpy(np.array(definition(jnp.asarray(ids))[0]))
+    padded = torch.from_numpy(np.concatenate([np.zeros(3, ids.dtype), ids]))[None]
+    with torch.no_grad():
+        plain = model(input_ids=padded[:, 3:]).logits[0]
+        left_padded = model(input_ids=padded, attention_mask=(torch.arange(TOKENS + 3) >= 3)[None].long()).logits[0, 3:]
+    for found in (plain, left_padded):
+        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_halves_of_a_row_with_carried_state_are_the_row(folder: Path) -> None:
+    model = load_model(folder)
+    ids, places = jnp.arange(TOKENS) % SMALL["vocab_size"], jnp.arange(TOKENS)
+    whole, _ = model(ids)
+    first, state = model(ids[:4])
+    second, _ = model(ids[4:], state, places[4:])
+    assert jnp.array_equal(whole, jnp.concatenate([first, second]))
+
+
+def test_half_precision_crosses_as_it_is(tmp_path: Path) -> None:
+    saved(tmp_path / "torch", dtype=torch.bfloat16, embedding="dense")
+    convert(tmp_path / "torch", tmp_path / "flax", "flax")
+    convert(tmp_path / "flax", tmp_path / "back", "torch")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("torch", "back"))
+    assert any(tensor.dtype == torch.bfloat16 for tensor in before.values())
+    assert all(
+        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+    )
+
+
+def test_the_definition_has_the_fields_and_defaults_of_production() -> None:
+    production, ours = Phase2Config(), phase2_config.Phase2Config()
+    names = set(vars(ours))
+    assert names | set(phase2_config.RUNNING) == set(Phase2Config.settings())
+    assert {name: getattr(production, name) for name in names} == vars(ours)
+
+
+def damaged(folder: Path, target: Path, change: Any) -> Path:
+    target.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"model.norm.weight: expected a tensor \(8,\), got none"),
+        (lambda t: t.update(extra=torch.ones(2)), "extra: expected nothing of that name"),
+        (lambda t: t.update({"model.norm.bias": torch.ones(9)}), r"model.norm.bias: expected a tensor \(8,\), got"),
+        (lambda t: t["model.norm.bias"].fill_(float("nan")), "model.norm.bias: expected finite numbers, got 8"),
+    ],
+    ids=["missing", "unknown", "shape", "nan"],
+)
+def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, change: Any, text: str) -> None:
+    source = damaged(folder, tmp_path / "damaged", change)
+    with pytest.raises(ValueError, match=text):
+        convert(source, tmp_path / "out", "flax")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_folder_that_cannot_be_converted_is_named(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
+    bad = damaged(folder, tmp_path / "bad", lambda _: None)
+    for text, source, output, to in (
+        ("has the layout 'torch' already", folder, "a", "torch"),
+        ("empty folder", folder, "full", "jax"),
+        ("config.json cannot be read", tmp_path / "absent", "a", "jax"),
+    ):
+        assert main(["convert-weights", str(source), str(tmp_path / output), "--to", to]) == 1
+        assert text in capsys.readouterr().err
+    for key, value, text in (("model_type", "llama", "so8t_phase2"), ("depth", 3, "no field depth")):
+        tree = json.loads((folder / "config.json").read_text()) | {key: value}
+        (bad / "config.json").write_text(json.dumps(tree))
+        with pytest.raises(ValueError, match=text):
+            load_model(bad)
+    (bad / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (bad / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        load_model(bad)
+    assert not (tmp_path / "a").exists()
+
+
+def test_loading_leaves_the_module_that_gave_the_structure(folder: Path) -> None:
+    from so8t_jax.nn.weights import load, tensors
+
+    model = load_model(folder)
+    other = load(model, {name: value * 0 for name, value in tensors(model).items()})
+    assert any(bool(value.any()) for value in tensors(model).values())
+    assert not any(bool(value.any()) for value in tensors(other).values())
+    assert isinstance(other, nnx.Module)
