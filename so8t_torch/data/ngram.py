@@ -53,14 +53,14 @@ class ByteNgram:
         if not 1 <= order <= LONGEST:
             raise ConfigError(f"The order of the n-gram model must be from 1 to {LONGEST}, got {order}.")
         self.order = order
-        grams, counts = np.unique(_packed(stream(documents), order), return_counts=True)
-        orders = []
-        for length in range(order, 0, -1):
-            orders.append(_order(grams, counts))
-            # in how many different surroundings a shorter one is seen, not how often
-            shorter = grams & np.uint64((1 << _BITS * (length - 1)) - 1)
-            grams, counts = np.unique(shorter, return_counts=True)
-        self._orders = orders[::-1]
+        symbols = stream(documents)
+        self._orders = []
+        for length in range(1, order):
+            # behind how many different symbols it is seen, not how often
+            longer = np.unique(_packed(symbols, length + 1))
+            behind = longer & np.uint64((1 << _BITS * length) - 1)
+            self._orders.append(_order(*np.unique(behind, return_counts=True)))
+        self._orders.append(_order(*np.unique(_packed(symbols, order), return_counts=True)))
 
     def probabilities(self, symbols: np.ndarray) -> np.ndarray:
         """Return the probability of every symbol but the first, given those before it.

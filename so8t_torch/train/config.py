@@ -210,7 +210,10 @@ class EvaluationSection(Section):
 
 
 class TrainConfig(Section):
-    """One training run: an adapter on a frozen ``base``, or a whole ``model``. ``card`` names the card that ``so8t plan`` compares with; ``threads`` 0 takes every core."""
+    """One training run: an adapter on a frozen ``base``, or a whole ``model``.
+
+    ``card`` names the card that ``so8t plan`` compares with; ``threads`` 0 takes every core.
+    """
 
     output_dir: Path
     seed: Annotated[int, Field(ge=0)] = 0

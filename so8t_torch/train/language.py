@@ -15,6 +15,7 @@ from so8t_torch.core.errors import ConfigError
 from so8t_torch.data.ngram import ByteNgram, compressed
 from so8t_torch.data.packing import PackedCollator, PackedRows, byte_tokenizer, pair_tokenizer
 from so8t_torch.data.text import Text, TextSection, read
+from so8t_torch.models.streaming import Drawing, Writing
 from so8t_torch.train.building import Job
 from so8t_torch.train.config import ModelSection, TrainConfig
 from so8t_torch.train.sharding import is_sharded
@@ -23,7 +24,6 @@ from so8t_torch.train.trained import check_trainable
 ORDER = 6
 """Of the n-gram model that is reported beside a run."""
 
-TEMPERATURE = 0.8
 _PEERS = {"llama": LlamaConfig, "mamba": MambaConfig}
 
 
@@ -34,7 +34,8 @@ def build(config: TrainConfig) -> Job:
         SO8TError: whatever of the settings does not fit the model or the files, named.
     """
     section, text_section = config.model, config.data.text
-    assert section is not None and text_section is not None, "the settings were checked: a model has a text"
+    assert section is not None, "the settings were checked: there is a model"
+    assert text_section is not None, "the settings were checked: a model has a text"
     configuration(section, 257, text_section.length)
     text = read(text_section)
     tokenizer = make_tokenizer(text_section, text)
@@ -134,63 +135,33 @@ def baselines(text: Text) -> dict[str, float]:
 class Ending:
     """What is told of a model of text at its end: bits per byte, those of other methods, and a sample."""
 
-    bits_per_byte: float | None = None
-    baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    sample: str = ""
+    bits_per_byte: float
+    baselines: Mapping[str, float]
+    sample: str
 
     def lines(self) -> list[str]:
         """Return it for printing."""
-        if self.bits_per_byte is None:
-            return []
         others = "".join(f"; {name.replace('_', ' ')} {bits:.3f}" for name, bits in self.baselines.items())
         found = [f"held-out text {self.bits_per_byte:.3f} bits per byte{others}"]
         return [*found, f"sample: {self.sample!r:.400}"] if self.sample else found
 
     def as_json(self) -> dict[str, Any]:
         """Return the numbers that were measured."""
-        if self.bits_per_byte is None:
-            return {}
         return {"bits_per_byte": self.bits_per_byte, "baselines_bits_per_byte": dict(self.baselines)}
 
 
-def conclude(config: TrainConfig, job: Job, loss: float) -> Ending:
-    """Measure and write what is told at the end of a run on text.
+def conclude(config: TrainConfig, job: Job, loss: float) -> Ending | None:
+    """Measure what is told at the end of a run on text; ``None`` for any other run.
 
     Args:
         config: of the run.
         job: with the trained model.
         loss: of the held-out text, in nats per token.
     """
-    assert job.text is not None and isinstance(job.held_out, PackedRows), "a run on text has packed rows"
+    if job.text is None or not isinstance(job.held_out, PackedRows):
+        return None
     bits = loss * job.held_out.report().supervised / math.log(2) / job.held_out.bytes
     others = baselines(job.text) if config.evaluation.baselines else {}
     wanted = 0 if is_sharded(job.model) else config.evaluation.sample_tokens
-    return Ending(bits, others, sample(job.model, job.tokenizer, wanted, config.seed) if wanted else "")
-
-
-@torch.no_grad()
-def sample(model: Any, tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> str:
-    """Return what the model writes behind the beginning of a document.
-
-    Args:
-        model: left in the mode it is in.
-        tokenizer: its tokenizer.
-        tokens: at most so many.
-        seed: of the draws; other random numbers are left alone.
-    """
-    training = model.training
-    device = next(model.parameters()).device
-    prompt = torch.tensor([[tokenizer.bos_token_id]], device=device)
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        written = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            do_sample=True,
-            temperature=TEMPERATURE,
-            use_cache=True,
-        )
-    model.train(training)
-    return str(tokenizer.decode(written[0, 1:], skip_special_tokens=True))
+    drawing = Drawing(wanted, seed=config.seed) if wanted else None
+    return Ending(bits, others, "" if drawing is None else "".join(Writing(job.model, job.tokenizer, "", drawing)))

@@ -1,7 +1,8 @@
 """One training run, from settings to a run folder, and its evaluation afterwards.
 
 ``run_training`` builds the job, trains it with the library's trainer, and leaves behind the adapter (or the model that
-was trained whole), the held-out loss before and after, the curves and what else was asked for. Under torchrun every process trains, process 0 writes.
+was trained whole), the held-out loss before and after, the curves and what else was asked for. Under torchrun every
+process trains, process 0 writes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from so8t_torch.train.language import Ending, conclude
 from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.out_of_memory import fitting
 from so8t_torch.train.rollback import RollbackRequested
-from so8t_torch.train.sharding import trained_state, is_sharded
+from so8t_torch.train.sharding import is_sharded, trained_state
 from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
 from so8t_torch.train.table import write_table
 from so8t_torch.train.trainer import SO8TTrainer
@@ -75,7 +76,7 @@ class RunResult:
     tokenizer: PreTrainedTokenizerFast = field(repr=False)
     truncated: int = 0
     recorded: bool = False
-    ending: Ending = Ending()
+    ending: Ending | None = None
 
     def summary(self) -> str:
         """Return what happened and where it lies, a line each, ending with the command that comes next."""
@@ -88,7 +89,7 @@ class RunResult:
             events = self.directory / "events.jsonl"
             lines.append(f"{self.truncated:,} conversations were cut at data.max_length; {events} names the first ten")
         if not isinstance(self.model, PeftModel):
-            lines += self.ending.lines()
+            lines += [] if self.ending is None else self.ending.lines()
             lines.append(f"model {self.directory / 'model'}, curves {self.directory / 'curves.png'}")
             lines.append(f"next: so8t generate {self.directory} --prompt 'def '")
             return "\n".join(lines)
@@ -159,7 +160,7 @@ def _run(
     before = _held_out_before(trainer)
     after = trainer.evaluate()["eval_lm"] if job.held_out else None
     report = _triage(config, job) if config.evaluation.triage else None
-    ending = Ending() if job.text is None or not arguments.should_save else conclude(config, job, after)
+    ending = conclude(config, job, after) if arguments.should_save and after is not None else None
     result = RunResult(
         config.output_dir,
         trainer.state.global_step,
@@ -328,9 +329,9 @@ def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None
         result.tokenizer.save_pretrained(folder.model)
     if result.held_out_after is not None:
         losses = {"before": result.held_out_before, "after": result.held_out_after, "unit": "nats per supervised token"}
-        losses |= result.ending.as_json()
+        losses |= {} if result.ending is None else result.ending.as_json()
         write_json(folder.evaluation / "language_model.json", losses)
-    if result.ending.sample:
+    if result.ending is not None and result.ending.sample:
         (folder.evaluation / "sample.txt").write_text(result.ending.sample + "\n", encoding="utf-8")
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
