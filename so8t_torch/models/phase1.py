@@ -20,9 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from so8t_torch.models.configuration import Phase1Config
 from so8t_torch.models.feed_forward import FeedForward
+from so8t_torch.models.language_model import RecurrentForCausalLM, RecurrentModel, register
 from so8t_torch.nn.semiseparable import AdaptiveRankSemiseparableLayer, State
 
-__all__ = ["Phase1Block"]
+__all__ = ["Phase1Block", "Phase1ForCausalLM", "Phase1Model"]
 
 
 class Phase1Block(GradientCheckpointingLayer):
@@ -60,6 +61,9 @@ class Phase1Block(GradientCheckpointingLayer):
             branches=branches,
         )
         self.dropout = nn.Dropout(config.dropout)
+
+    token_diagnostics = ("gates", "t_component", "uv_component", "ffn_output")
+    """What of the diagnostics has an axis of tokens."""
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -126,3 +130,22 @@ def _found(parts: dict[str, Any], changed: Tensor, full: bool) -> dict[str, Tens
         found |= {name: parts[name].detach() for name in ("gates", "t_component", "uv_component")}
         found["ffn_output"] = changed.detach()
     return found
+
+
+class Phase1Model(RecurrentModel):
+    """Embedding, blocks and last norm."""
+
+    config_class = Phase1Config
+    block_class = Phase1Block
+    _no_split_modules = ("Phase1Block",)
+
+
+class Phase1ForCausalLM(RecurrentForCausalLM):
+    """The language model."""
+
+    config_class = Phase1Config
+    body_class = Phase1Model
+    _no_split_modules = ("Phase1Block",)
+
+
+register(Phase1Config, Phase1Model, Phase1ForCausalLM)
