@@ -100,13 +100,18 @@ def configuration(section: ModelSection, vocabulary: int, length: int) -> PreTra
         room = {"max_position_embeddings": max(2048, length + 1)} if section.kind == "llama" else {}
         return _peer(section, room | fields)
     settings = _own(section, {"n_seq": length, **fields})
-    if isinstance(settings, Phase2Config) and settings.hebbian_enabled and settings.resonance_enabled:
-        if length <= settings.memory_chunk:
-            raise ConfigError(
-                f"data.text.length {length} ends within one memory_chunk of {settings.memory_chunk} tokens, where "
-                "resonance never acts: set model.fields.memory_chunk below it, or model.fields.resonance_enabled=false."
-            )
+    if isinstance(settings, Phase2Config):
+        _check_chunk(settings, length)
     return settings
+
+
+def _check_chunk(settings: Phase2Config, length: int) -> None:
+    """Refuse rows in which a part of the model is never trained."""
+    if settings.hebbian_enabled and settings.resonance_enabled and length <= settings.memory_chunk:
+        raise ConfigError(
+            f"data.text.length {length} ends within one memory_chunk of {settings.memory_chunk} tokens, where "
+            "resonance never acts: set model.fields.memory_chunk below it, or model.fields.resonance_enabled=false."
+        )
 
 
 def _own(section: ModelSection, fields: Mapping[str, Any]) -> Phase1Config | Phase2Config:
