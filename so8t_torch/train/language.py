@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -135,7 +136,7 @@ def _peer(section: ModelSection, fields: Mapping[str, Any]) -> PreTrainedConfig:
             raise ConfigError(f"model.fields.{name:.80}: {section.kind} has no such field; {hint}")
     try:
         return kind(**fields)
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigError(f"model.fields: {kind.__name__} refuses them ({error!s:.400}).") from error
 
 

@@ -353,11 +353,11 @@ def evaluate_run(run: str | Path, data: str | Path | None = None) -> TriageRepor
     from so8t_torch.safety.evaluation import evaluate_triage
 
     folder = RunFolder(Path(run))
+    if folder.model.is_dir():
+        raise ConfigError(f"{run}: decisions are measured of an adapter; this run trained a whole model on text.")
     if not (folder.config.is_file() and (folder.adapter / "adapter_config.json").is_file()):
         raise ConfigError(f"{run}: no finished run here; expected config.yaml and adapter/adapter_config.json.")
     config = load_config(TrainConfig, folder.config)
-    if config.model is not None:
-        raise ConfigError(f"{run}: decisions are measured of an adapter; this run trained a whole model on text.")
     held_out = _evaluation_records(config, data)
     torch.set_num_threads(building.thread_count(config))
     source, revision = building.base_source(config)
