@@ -336,7 +336,8 @@ def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
     write_table(folder.metrics, folder.table)
-    draw_curves(folder.metrics, folder.curves, folder.events)
+    others = None if result.ending is None else result.ending.baselines
+    draw_curves(folder.metrics, folder.curves, folder.events, others)
     folder.event("finish", steps=result.steps, seconds=round(result.seconds, 3), trainable=result.trainable)
 
 
