@@ -19,6 +19,7 @@ from so8t_torch.models.streaming import Drawing, Writing
 from so8t_torch.train import language
 from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.folder import read_metrics
+from so8t_torch.train.plan import plan
 from so8t_torch.train.run import evaluate_run, run_training
 from tests.faults.kills import TIMES
 
@@ -221,6 +222,22 @@ def test_a_dry_run_prints_and_writes_nothing(settings, capsys):
     assert run_training(config, dry_run=True).steps == 0
     assert "every token is learned" in capsys.readouterr().out
     assert not config.output_dir.exists()
+
+
+def test_the_plan_counts_the_model_and_its_moments(settings):
+    config = settings("phase1")
+    counted = plan(config)
+    numbers = sum(p.numel() for p in language.build(config).model.parameters())
+    assert counted.parameters == numbers
+    sizes = {part.name: part.size for part in counted.components}
+    assert (sizes["parameters"], sizes["gradients"], sizes["optimiser states"]) == (
+        4 * numbers,
+        4 * numbers,
+        8 * numbers,
+    )
+    assert sizes["activations"] > 0
+    with pytest.raises(ConfigError, match="not llama"):
+        plan(settings("llama"))
 
 
 def test_decisions_of_a_language_model_are_refused(finished):
