@@ -18,9 +18,10 @@ from so8t_torch.models import streaming
 from so8t_torch.models.streaming import Drawing, Writing
 from so8t_torch.train import language
 from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.evaluation import evaluate_run
 from so8t_torch.train.folder import read_metrics
 from so8t_torch.train.plan import plan
-from so8t_torch.train.run import evaluate_run, run_training
+from so8t_torch.train.run import run_training
 from tests.faults.kills import TIMES
 
 FIELDS = {
