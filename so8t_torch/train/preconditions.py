@@ -10,21 +10,25 @@ from peft import PeftModel
 from torch import nn
 
 from so8t_torch.core.errors import TrainingError
+from so8t_torch.nn.tensor_train_head import TensorTrainHead
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def decoder_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module]:
-    """Return the stack of layers and the output embedding of an adapted causal language model.
+def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the stack of layers and the output embedding of a causal language model, adapted or not.
+
+    An embedding that is a tensor train is its own head, which is no part of the model.
 
     Raises:
         TrainingError: the model changes its logits after the head, which the chunked loss does not.
     """
-    plain = model.get_base_model()
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     for name in LOGIT_TRANSFORMS:
         if getattr(plain.config, name, None) not in (None, 1, 1.0):
             raise TrainingError(f"{type(plain).__name__} applies {name} to its logits; the chunked loss does not.")
-    return plain.get_decoder(), plain.get_output_embeddings()
+    decoder, head = plain.get_decoder(), plain.get_output_embeddings()
+    return decoder, TensorTrainHead(plain.get_input_embeddings()) if head is None else head
 
 
 def check_trainable(model: nn.Module) -> None:

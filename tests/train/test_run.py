@@ -14,9 +14,10 @@ from so8t_torch.adapter import load_adapter
 from so8t_torch.core.errors import ConfigError, SO8TError, TrainingError
 from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train.environment import environment, git_state
+from so8t_torch.train.evaluation import evaluate_run
 from so8t_torch.train.folder import RunFolder, read_metrics
 from so8t_torch.train.journal import json_line
-from so8t_torch.train.run import evaluate_run, run_training
+from so8t_torch.train.run import run_training
 
 
 def events(folder):
