@@ -24,7 +24,7 @@ from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype, without_autocast
 from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops import hebbian
-from so8t_torch.ops.hebbian.arguments import check_options
+from so8t_torch.ops.hebbian.arguments import check_options, held, unit
 
 __all__ = ["DissipativeHebbianLayer"]
 
@@ -193,6 +193,18 @@ class DissipativeHebbianLayer(nn.Module):
         started = self._started(tokens, state)
         y, last = hebbian.step(started, *(part[:, 0] for part in tokens), **self._options())
         return self._out(y), last
+
+    def writes(
+        self, x: Tensor, *, padding_mask: Tensor | None = None, gamma: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the memory is written with: keys (B, N, H, K), values (B, N, H, V), a and η (B, N, H).
+
+        Arguments and errors are those of ``forward``. Keys are as written, a = e^{−Γ dt}, η is what ``discretization``
+        makes of it, values are those before the rule "delta" takes off what is stored; float32 (float64 for float64).
+        """
+        _, k, v, decay, eta = self._tokens(x, padding_mask, gamma)
+        keys = unit(k) if self.key_norm == "l2" else k.to(decay.dtype)
+        return keys, v.to(decay.dtype), (-decay).exp(), eta * held(decay) if self.discretization == "zoh" else eta
 
     def potential_feedback(self, state: Float[Tensor, "b h k v"]) -> Float[Tensor, "b c"]:
         """Return δv = g · mean over heads of ⟨P, S⟩, to be added to the potential of the tokens that come after S.
