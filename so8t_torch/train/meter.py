@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import EvalPrediction
 
 
 class LossMeter:
@@ -103,3 +104,9 @@ class LossMeter:
 def perplexity(loss: float) -> float:
     """Return exp(loss), the largest float where that overflows (a loss over 709 nats)."""
     return math.exp(min(loss, math.log(torch.finfo(torch.float64).max)))
+
+
+def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the token-weighted loss over every row; a row counts by its tokens, not by its batch."""
+    nll, tokens = prediction.predictions.sum(0).tolist()
+    return {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}

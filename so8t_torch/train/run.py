@@ -257,6 +257,7 @@ def _trainer(
         [Recorder(folder), *callbacks],
         keeping(config),
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
+        config.physics,
     )
     trainer.relief.what_fits = lambda limit: fitting(config, limit)
     for silent in (PrinterCallback, ProgressCallback):

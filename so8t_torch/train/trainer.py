@@ -1,6 +1,6 @@
 """The training step: supervised cross-entropy in chunks, plus the penalty, on transformers' ``Trainer``.
 
-    L = Σ_n nll_n / N_tokens + λ(step) PET
+    L = Σ_n nll_n / N_tokens + λ(step) PET + physics
 
 N_tokens and PET's denominator count the whole optimiser step, over every micro-batch and process, so accumulation
 4 × 1 is batch 4. The loop, the schedule, checkpoints and distribution are the library's; this class supplies the loss,
@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalPrediction
 
 from so8t_torch.adapter import gate_summary, so8t_param_groups
 from so8t_torch.adapter.summary import whole
@@ -31,9 +30,10 @@ from so8t_torch.train.config import PenaltySection, TrainingSection
 from so8t_torch.train.guard import Guard
 from so8t_torch.train.loss import LossAtHead, Watch, row_sums
 from so8t_torch.train.manifest import Health
-from so8t_torch.train.meter import LossMeter, perplexity
+from so8t_torch.train.meter import LossMeter, held_out_metrics
 from so8t_torch.train.out_of_memory import MemoryRelief, split
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+from so8t_torch.train.physics import Physics, PhysicsSection
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
 
@@ -57,6 +57,7 @@ class SO8TTrainer(CheckpointedTrainer):
         callbacks: further callbacks.
         keeping: how checkpoints are marked, and how many stay.
         guard: watches the steps and recovers from their faults.
+        physics: settings of the physics terms.
     """
 
     optimizer: Any
@@ -73,6 +74,7 @@ class SO8TTrainer(CheckpointedTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         keeping: Keeping | None = None,
         guard: Guard | None = None,
+        physics: PhysicsSection | None = None,
     ) -> None:
         check_trainable(model)
         self.guard = guard or Guard()
@@ -85,7 +87,7 @@ class SO8TTrainer(CheckpointedTrainer):
             keeping or Keeping(),
             eval_dataset=held_out or None,
             data_collator=collator,
-            compute_metrics=_held_out_metrics,
+            compute_metrics=held_out_metrics,
             callbacks=[self.guard, *callbacks],
         )
         self.extras.append(self.guard)
@@ -100,6 +102,10 @@ class SO8TTrainer(CheckpointedTrainer):
         layers = gated_layers(decoder) if penalty.enabled else {}
         self._tap = ResidualTap({**layers, LAST_STATES: decoder})
         self._at_head = LossAtHead(head, LAST_STATES, chunk=training.loss_chunk)
+        self._physics = Physics(
+            physics or PhysicsSection(), decoder, self.args.seed, self.args.process_index, self._over_processes
+        )
+        self.add_callback(self._physics)
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
@@ -149,6 +155,7 @@ class SO8TTrainer(CheckpointedTrainer):
         self._meter.mark()
         self._micro_batches, self._taken = samples, 0
         self._kept = (self._tr_loss.clone(), self._settings)
+        self._physics.begin(self.state.global_step, [batch["attention_mask"] for batch in samples], device)
         if self._penalty.enabled and samples:
             count = torch.stack([triples(batch["attention_mask"]) for batch in samples]).sum()
             self._triples = self._over_processes(count.to(device))
@@ -173,6 +180,7 @@ class SO8TTrainer(CheckpointedTrainer):
             todo = self._micro_batches[: self._taken]
             model.zero_grad()
             self._meter.undo()
+            self._physics.undo()
             self.guard.begin(self.state.global_step + 1)
             self._step_loss = (-1, None)
 
@@ -203,7 +211,7 @@ class SO8TTrainer(CheckpointedTrainer):
         pet = nll.new_zeros(())
         if streams:
             pet = penalty(streams, mask, self._triples, huber_delta=self._penalty.huber_delta)
-        loss = (language + weight * pet) * self.accelerator.num_processes
+        loss = (language + weight * pet + self._physics.part(mask)) * self.accelerator.num_processes
         self._check(loss, pet)
         self.guard.examination.saw_loss(language, loss / self.accelerator.num_processes)
         self._meter.add(self.state.global_step, nll.sum(), nll.numel(), mask.sum(), pet, weight)
@@ -213,7 +221,8 @@ class SO8TTrainer(CheckpointedTrainer):
         """Return the supervised losses, the attention mask and the streams after the gated layers."""
         if "routes" in inputs:
             self.model.base_model.set_gate_routes(inputs["routes"])
-        (nll, _), states = self._losses(model, inputs)
+        with self._physics.observe():
+            (nll, _), states = self._losses(model, inputs)
         return nll, inputs["attention_mask"], list(states.values())
 
     def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor]]:
@@ -270,6 +279,7 @@ class SO8TTrainer(CheckpointedTrainer):
             self._tr_loss.copy_(self._kept[0])
             self._settings = self._kept[1]
         self._meter.undo()
+        self._physics.undo()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -296,9 +306,9 @@ class SO8TTrainer(CheckpointedTrainer):
             if not math.isfinite(logs.get("grad_norm", 0)):
                 del logs["grad_norm"]
             logs |= self._meter.read(self._over_processes)
-            logs |= self._settings
-            logs |= geometry(self.model)
+            logs |= self._settings | self._physics.read() | geometry(self.model)
             self._meter.reset()
+            self._physics.reset()
         super().log(logs, start_time)
 
     def orthogonality_error(self) -> float | None:
@@ -310,6 +320,7 @@ class SO8TTrainer(CheckpointedTrainer):
         return super().loop_state() | {
             "meter": self._meter.state(),
             "settings": self._settings,
+            "physics": self._physics.state(),
             "guard": self.guard.sight(),
         }
 
@@ -318,6 +329,7 @@ class SO8TTrainer(CheckpointedTrainer):
         super().load_loop_state(state)
         self._meter.load(state["meter"])
         self._settings = dict(state["settings"])
+        self._physics.load(state["physics"])
         self.guard.load_sight(state["guard"])
 
     def phases(self) -> dict[str, Any]:
@@ -326,12 +338,6 @@ class SO8TTrainer(CheckpointedTrainer):
 
     def _over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value
-
-
-def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the token-weighted loss over every row; a row counts by its tokens, not by its batch."""
-    nll, tokens = prediction.predictions.sum(0).tolist()
-    return {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}
 
 
 def decoder_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module]:
