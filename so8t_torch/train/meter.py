@@ -2,6 +2,7 @@
 
     loss/lm = Σ nll / Σ supervised tokens        perplexity = exp(loss/lm)
     loss/pet = mean over steps of PET            loss/pet_weighted = mean over steps of λ(step) PET
+    loss/aux = mean over steps of what the model adds to its loss by itself
 
 Perplexity is a statement about the language model, so the penalty never enters it. Sums stay on the device until they
 are read: one transfer per log entry, not per step.
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import EvalPrediction
 
 
 class LossMeter:
@@ -30,7 +30,7 @@ class LossMeter:
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -68,7 +68,16 @@ class LossMeter:
         finally:
             self._started += self._clock() - began
 
-    def add(self, step: int, nll: Tensor, supervised: int, tokens: Tensor, pet: Tensor, weight: float) -> None:
+    def add(
+        self,
+        step: int,
+        nll: Tensor,
+        supervised: int,
+        tokens: Tensor,
+        pet: Tensor,
+        weight: float,
+        extra: Tensor | None = None,
+    ) -> None:
         """Add one micro-batch.
 
         Args:
@@ -78,16 +87,18 @@ class LossMeter:
             tokens: number of real (not padding) tokens.
             pet: this micro-batch's part of the step's PET.
             weight: λ of this step.
+            extra: this micro-batch's part of what the model adds to the step's loss.
         """
         self._steps.add(step)
         pet = pet.detach().double()
-        parts = [nll.detach().double(), torch.full_like(pet, supervised), tokens.double(), pet, weight * pet]
+        own = torch.zeros_like(pet) if extra is None else extra.detach().double()
+        parts = [nll.detach().double(), torch.full_like(pet, supervised), tokens.double(), pet, weight * pet, own]
         self._sums += torch.stack([part.to(self._sums.device) for part in parts])
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the terms since the last reset; ``reduce`` sums over processes."""
         sums = reduce(self._sums.clone())
-        nll, supervised, tokens, pet, weighted = sums.tolist()
+        nll, supervised, tokens, pet, weighted, own = sums.tolist()
         seconds, steps = self._clock() - self._started, max(1, len(self._steps))
         if not supervised:
             return {}
@@ -95,6 +106,7 @@ class LossMeter:
             "loss/lm": nll / supervised,
             "loss/pet": pet / steps,
             "loss/pet_weighted": weighted / steps,
+            **({"loss/aux": own / steps} if own else {}),
             "perplexity": perplexity(nll / supervised),
             "supervised_tokens": supervised,
             "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
@@ -104,9 +116,3 @@ class LossMeter:
 def perplexity(loss: float) -> float:
     """Return exp(loss), the largest float where that overflows (a loss over 709 nats)."""
     return math.exp(min(loss, math.log(torch.finfo(torch.float64).max)))
-
-
-def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the token-weighted loss over every row; a row counts by its tokens, not by its batch."""
-    nll, tokens = prediction.predictions.sum(0).tolist()
-    return {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}

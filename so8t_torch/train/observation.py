@@ -28,8 +28,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
-from so8t_torch.nn.hebbian import DissipativeHebbianLayer
+from so8t_torch.nn.hebbian import DissipativeHebbianLayer, Tokens
+from so8t_torch.nn.modulated_memory import ModulatedMemory
 from so8t_torch.nn.non_hermitian_potential import NonHermitianPotential
+from so8t_torch.ops.hebbian.arguments import held, unit
 
 KINDS: dict[str, tuple[str, ...]] = {
     "trajectory": ("states",),
@@ -44,7 +46,7 @@ MEMORY_TOKENS = 64
 
 SOURCES: dict[str, tuple[type[nn.Module], ...]] = {
     "rates": (NonHermitianPotential, DissipativeHebbianLayer),
-    "memories": (DissipativeHebbianLayer,),
+    "memories": (DissipativeHebbianLayer, ModulatedMemory),
     "chains": (DissipativeBKLayer,),
 }
 """Kind → the layers that it is read from; the others are read from every layer of the stack."""
@@ -136,6 +138,10 @@ def _sources(decoder: nn.Module, layers: list[nn.Module], kind: str) -> list[nn.
     found = [m for m in decoder.modules() if isinstance(m, SOURCES[kind])]
     if kind == "rates":
         found = [m for m in found if not isinstance(m, DissipativeHebbianLayer) or m.gamma_proj is not None]
+    if kind == "memories":
+        # a memory inside of another layer is never called itself
+        inner = {m.hebbian for m in found if isinstance(m, ModulatedMemory)}
+        found = [m for m in found if m not in inner]
     if not found:
         names = " or ".join(source.__name__ for source in SOURCES[kind])
         raise TrainingError(
@@ -185,32 +191,34 @@ def _kept_whole(layer: nn.Module) -> Iterator[None]:
 def _rates(module: nn.Module, calls: list[Call], mask: Tensor) -> Tensor:
     """Return the decay per token (s, h) of a memory's heads, or of a chain without a memory."""
     if isinstance(module, DissipativeHebbianLayer):
-        found = torch.cat([-_writes(module, call)[2].log() for call in calls], 1)
+        found = torch.cat([_written(module, call)[1].decay for call in calls], 1)
     else:
         assert isinstance(module, NonHermitianPotential), "SOURCES"
         rates = [call.output.memory_gamma if module.memory_heads else call.output.gamma for call in calls]
         found = torch.cat(rates, 1) * module.dt
-    return found[mask]
+    # pieces of rows that overlap cannot be laid beside the mask
+    return found[mask] if found.shape[:2] == mask.shape else found.flatten(0, 1)
 
 
 def _memory(module: nn.Module, call: Call) -> Place:
     """Return the states of a memory over the first tokens of a call, and what was written into them."""
-    assert isinstance(module, DissipativeHebbianLayer), "SOURCES"
-    given = _named(module, call)
-    keys, values, retention, eta = (part[:, :MEMORY_TOKENS] for part in _writes(module, call))
-    ids = given.get("segment_ids")
-    if ids is not None:
-        ids = ids.expand(len(keys), -1)[:, :MEMORY_TOKENS]
-        starts = torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != ids[:, :-1]], 1)
-        retention = torch.where(starts[..., None], 0.0, retention)
-    state = given.get("state")
+    layer, tokens, state, starts = _written(module, call)
+    length = min(MEMORY_TOKENS, module.chunk) if isinstance(module, ModulatedMemory) else MEMORY_TOKENS
+    kind = tokens.decay.dtype
+    k, values, decay, eta = (part[:, :length].to(kind) for part in tokens[1:])
+    keys = unit(k) if layer.key_norm == "l2" else k
+    if layer.discretization == "zoh":
+        eta = eta * held(decay)
+    retention = (-decay).exp()
+    if starts is not None:
+        retention = torch.where(starts[:, :length, None], 0.0, retention)
     shape = (len(keys), *keys.shape[2:], values.shape[-1])
-    states = [keys.new_zeros(shape) if state is None else state.to(keys.dtype)]
+    states = [keys.new_zeros(shape) if state is None else state.to(kind)]
     written = []
     for t in range(keys.shape[1]):
         kept = retention[:, t, :, None, None] * states[-1]
         value = values[:, t]
-        if module.rule == "delta":
+        if layer.rule == "delta":
             value = value - (keys[:, t, :, None] @ kept)[..., 0, :]
         written.append(value)
         states.append(kept + eta[:, t, :, None, None] * keys[:, t, :, :, None] * value[..., None, :])
@@ -223,17 +231,27 @@ def _memory(module: nn.Module, call: Call) -> Place:
     }
 
 
+def _written(
+    module: nn.Module, call: Call
+) -> tuple[DissipativeHebbianLayer, Tokens, Tensor | None, Bool[Tensor, "b t"] | None]:
+    """Return a memory, the tokens that it worked with, the state that entered, and where it was dropped."""
+    given = _named(module, call)
+    if isinstance(module, ModulatedMemory):
+        return module.hebbian, call.output[2], given["state"].weights, given["marks"].starts
+    assert isinstance(module, DissipativeHebbianLayer), "SOURCES"
+    x = _in_its_dtype(module, given["x"])
+    ids, starts = given.get("segment_ids"), None
+    if ids is not None:
+        ids = ids.expand(len(x), -1)
+        starts = torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != ids[:, :-1]], 1)
+    return module, module.tokens(x, given.get("padding_mask"), given.get("gamma")), given.get("state"), starts
+
+
 def _chain(module: nn.Module, call: Call) -> Place:
     assert isinstance(module, DissipativeBKLayer), "SOURCES"
     given = _named(module, call)
-    return module.chain(_in_its_dtype(module, given["x"]), given.get("segment_ids"))._asdict()
-
-
-def _writes(module: DissipativeHebbianLayer, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = _named(module, call)
-    return module.writes(
-        _in_its_dtype(module, given["x"]), padding_mask=given.get("padding_mask"), gamma=given.get("gamma")
-    )
+    options = {name: given.get(name) for name in ("padding_mask", "shift")}
+    return module.chain(_in_its_dtype(module, given["x"]), given.get("segment_ids"), **options)._asdict()
 
 
 def _named(module: nn.Module, call: Call) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def test_every_term_of_the_room_is_in_the_table():
     [
         ({"energy_drfit": None}, ConfigError, "did you mean 'energy_drift'"),
         ({"energy_drift": {"options": {"kapa": 1.0}}}, ConfigError, "no option 'kapa'; did you mean 'kappa'"),
-        ({"memory_balance": None}, TrainingError, "DissipativeHebbianLayer, and Stack has none"),
+        ({"memory_balance": None}, TrainingError, "DissipativeHebbianLayer or ModulatedMemory, and Stack has none"),
     ],
 )
 def test_what_cannot_be_observed_is_refused(terms, error, match):
