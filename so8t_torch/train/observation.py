@@ -163,6 +163,7 @@ def _map(layer: nn.Module, call: Call, mask: Tensor, generator: torch.Generator)
     x = _entered(layer, call)
     real = mask[..., None]
     u, w = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) * real for _ in range(2))
+    keywords = call.keywords | _seeing_themselves(call.keywords.get("attention_mask"))
     seed = int(torch.randint(2**31, (), generator=generator))
     devices = [x.device] if x.device.type == "cuda" else []
 
@@ -170,9 +171,17 @@ def _map(layer: nn.Module, call: Call, mask: Tensor, generator: torch.Generator)
         # attention's fused kernels have no forward-mode derivative
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), _kept_whole(layer):
             torch.manual_seed(seed)
-            return _first(layer.forward(x, *call.arguments[1:], **call.keywords)) * real
+            return torch.where(real, _first(layer.forward(x, *call.arguments[1:], **keywords)), 0.0)
 
     return {"layer": run, "x": x, "u": u, "w": w}
+
+
+def _seeing_themselves(mask: Any) -> dict[str, Tensor]:
+    """Return an attention mask with a diagonal: a token of padding that sees nothing has no second derivative."""
+    if not isinstance(mask, Tensor) or mask.ndim < 3:
+        return {}
+    here = torch.eye(*mask.shape[-2:], dtype=torch.bool, device=mask.device)
+    return {"attention_mask": mask | here if mask.dtype == torch.bool else mask.masked_fill(here, 0.0)}
 
 
 @contextmanager
