@@ -113,8 +113,10 @@ def schedule_weight(
     """
     increasing = all(a < b for a, b in pairwise((0.0, *boundaries, 1.0)))
     if not increasing or len(weights) != len(boundaries) + 1 or not all(0.0 <= w < math.inf for w in weights):
-        raise ValueError(f"expected increasing boundaries within (0, 1) and one finite weight ≥ 0 per phase, "
-                         f"got {boundaries!r} and {weights!r}")
+        raise ValueError(
+            f"expected increasing boundaries within (0, 1) and one finite weight ≥ 0 per phase, "
+            f"got {boundaries!r} and {weights!r}"
+        )
     phase = jnp.searchsorted(jnp.asarray(boundaries, progress.dtype), progress, side="right")
     return jnp.where(jnp.isnan(progress), jnp.nan, jnp.asarray(weights, progress.dtype)[phase])
 
