@@ -2,15 +2,15 @@
 
 A block is called as ``block(x, state, padding_mask=, segment_ids=, positions=, diagnostics=) -> (x, state, found)``;
 ``block.initial_state`` gives the state before the first token, zeros, ``block.state_names`` the order of its tensors,
-and ``block.token_diagnostics`` which entries of ``found`` have an axis of tokens. ``found["aux_loss"]`` is a scalar
-with gradient that is added to the loss; everything else in it is detached.
+and ``block.token_diagnostics`` which entries of ``found`` have an axis of tokens with ``"full"``.
+``found["aux_loss"]`` is a scalar with gradient that is added to the loss; everything else in it is detached.
 No module keeps a state: it goes in and out through ``past_key_values``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
+        """Initialise a module like those of the library, which asks for more than the weights a module has itself."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module that has weights which no file gave; what a file gave stays."""
@@ -83,6 +87,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
     """
 
     block_class: ClassVar[type[nn.Module]]
+    report_lists: ClassVar[dict[str, str]] = {}
+    """Diagnostics of the model that are lists over blocks, and the entry of each block that they gather."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -154,7 +160,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             position_ids=position_ids,
             entering=None if cache is None else read_positions(cache, sizes[0]),
         )
-        x = embedded = self._embedded(input_ids, inputs_embeds, rows)
+        x = self._embedded(input_ids, inputs_embeds, rows)
         stream, findings = [], []
         for number, block in enumerate(self.layers):
             stream.append(x)
@@ -172,16 +178,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 write_states(cache, number, state)
         if use_cache and cache is not None:
             write_positions(cache, rows.counts, sizes[1])
+        stream.append(x)
         x = rows.restore(self.norm(x))
         aux = [found.pop("aux_loss") for found in findings if "aux_loss" in found]
         report = None
         if diagnostics is not None:
-            heavy = [embedded, *stream[1:], x] if diagnostics == "full" else None
+            heavy = [*stream, x] if diagnostics == "full" else None
             report = self._report(findings, heavy, rows)
         return HiddenOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*map(rows.restore, stream), x) if self._wants_stream(output_hidden_states) else None,
+            hidden_states=(*map(rows.restore, stream[:-1]), x) if self._wants_stream(output_hidden_states) else None,
             diagnostics=report,
             aux_loss=torch.stack(aux).sum() if aux else None,
         )
@@ -191,7 +198,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             ids = rows.lay(input_ids)
-            x = self.embed_tokens(ids if rows.real is None else torch.where(rows.real, ids, 0))
+            ids = ids if rows.real is None else torch.where(rows.real, ids, 0)
+            _check_ids(ids, self.config.vocab_size)
+            x = self.embed_tokens(ids)
         else:
             x = rows.lay(inputs_embeds)
         if self.embed_positions is not None:
@@ -205,12 +214,12 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def _report(self, findings: list[dict[str, Any]], heavy: list[Tensor] | None, rows: Rows) -> dict[str, Any]:
         """Return the diagnostics of all blocks; entries that have tokens in the columns of the call."""
-        for block, found in zip(self.layers, findings, strict=True):
-            for name in getattr(block, "token_diagnostics", ()):
-                if isinstance(found.get(name), Tensor):
-                    found[name] = rows.restore(found[name])
         report: dict[str, Any] = {"blocks": findings}
+        for name, entry in self.report_lists.items():
+            report[name] = [found.get(entry) for found in findings]
         if heavy is not None:
+            for block, found in zip(self.layers, findings, strict=True):
+                _restore(found, getattr(block, "token_diagnostics", ()), rows)
             first, *between, last = (tensor.detach() for tensor in heavy)
             report["input_embeddings"] = rows.restore(first)
             report["layer_outputs"] = [rows.restore(tensor) for tensor in between]
@@ -255,6 +264,27 @@ def _sizes(
     return (given.shape[0], given.shape[1]), given.device
 
 
+def _check_ids(ids: Tensor, size: int) -> None:
+    """Raise unless ids have a row; off the CPU and in compiled graphs, which do not wait for values, nothing does."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= size:
+        raise DomainError(
+            f"expected ids in [0, {size}), got {least if least < 0 else most}; take the tokenizer of the model, and "
+            "mark padding in the attention_mask."
+        )
+
+
+def _restore(found: dict[str, Any], names: Collection[str], rows: Rows) -> None:
+    """Put entries that have an axis of tokens back into the columns of the call, in nested parts as well."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            _restore(value, names, rows)
+        elif name in names and isinstance(value, Tensor):
+            found[name] = rows.restore(value)
+
+
 def _reads_ahead(config: PreTrainedConfig) -> bool:
     """Return whether later tokens enter, so that the past cannot be summed up."""
     return getattr(config, "bk_mode", "causal") == "full"
@@ -270,7 +300,8 @@ def _check_options(
     """Raise unless words are known and no argument asks for what there is not."""
     if diagnostics not in DIAGNOSTICS:
         raise ConfigError(f"expected diagnostics None, 'summary' or 'full', got {diagnostics!r}.")
-    unknown = [name for name, value in others.items() if name not in _OF_PACKED_ROWS and value not in (None, False)]
+    idle = {name for name, value in others.items() if value is None or value is False}
+    unknown = sorted(others.keys() - _OF_PACKED_ROWS - idle)
     if unknown:
         raise ConfigError(f"unknown arguments of the model: {', '.join(unknown)}.")
     if _reads_ahead(config) and (use_cache or cache is not None):

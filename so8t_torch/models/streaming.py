@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from transformers import (
 
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.core.weights import check_folder
+
+_OWN = ("so8t_torch.models.phase1", "so8t_torch.models.phase2")
+"""Modules that make the library's Auto classes know the models in them."""
 
 MODEL = "model"
 """Folder of a run in which a model that was trained whole lies."""
@@ -154,6 +158,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def make_known() -> None:
+    """Make the library's Auto classes know the models of this package."""
+    for name in _OWN:
+        import_module(name)
+
+
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Read a model that was trained whole, with its tokenizer.
 
@@ -163,8 +173,6 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     Raises:
         ConfigError: there is no such model; the text says what is missing.
     """
-    from so8t_torch.models.language_model import register
-
     path = Path(folder)
     path = path / MODEL if (path / MODEL).is_dir() else path
     if not (path / "config.json").is_file():
@@ -173,7 +181,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             "adapter is folded by so8t bake first."
         )
     check_folder(path, ConfigError)
-    register()
+    make_known()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -9,13 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MambaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.data.ngram import ByteNgram, compressed
 from so8t_torch.data.packing import PackedCollator, PackedRows, byte_tokenizer, pair_tokenizer
 from so8t_torch.data.text import Text, TextSection, read
-from so8t_torch.models.streaming import Drawing, Writing
+from so8t_torch.models.configuration import Phase1Config, Phase2Config
+from so8t_torch.models.streaming import Drawing, Writing, make_known
 from so8t_torch.train.building import Job
 from so8t_torch.train.config import ModelSection, TrainConfig
 from so8t_torch.train.sharding import is_sharded
@@ -71,14 +81,8 @@ def make_model(section: ModelSection, tokenizer: PreTrainedTokenizerFast, length
     settings = configuration(section, len(tokenizer), length)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(settings, name, tokenizer.eos_token_id)
-    if section.kind in _PEERS:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    from so8t_torch.models import factory
-
-    make = factory.create_phase1_model if section.kind == "phase1" else factory.create_phase2_model
-    return make(settings)
+    make_known()
+    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
 
 def configuration(section: ModelSection, vocabulary: int, length: int) -> PreTrainedConfig:
@@ -96,17 +100,28 @@ def configuration(section: ModelSection, vocabulary: int, length: int) -> PreTra
     if section.kind in _PEERS:
         room = {"max_position_embeddings": max(2048, length + 1)} if section.kind == "llama" else {}
         return _peer(section, room | fields)
-    from so8t_torch.models import presets
-    from so8t_torch.models.configuration import Phase1Config, Phase2Config
+    settings = _own(section, {"n_seq": length, **fields})
+    if isinstance(settings, Phase2Config):
+        _check_chunk(settings, length)
+    return settings
 
-    fields = {"n_seq": length, **fields}
-    if section.kind == "phase1":
-        return (
-            Phase1Config(**fields) if section.preset is None else presets.get_preset(section.preset).replace(**fields)
+
+def _check_chunk(settings: Phase2Config, length: int) -> None:
+    """Refuse rows in which a part of the model is never trained."""
+    if settings.hebbian_enabled and settings.resonance_enabled and length <= settings.memory_chunk:
+        raise ConfigError(
+            f"data.text.length {length} ends within one memory_chunk of {settings.memory_chunk} tokens, where "
+            "resonance never acts: set model.fields.memory_chunk below it, or model.fields.resonance_enabled=false."
         )
+
+
+def _own(section: ModelSection, fields: Mapping[str, Any]) -> Phase1Config | Phase2Config:
     if section.preset is None:
-        return Phase2Config(**fields)
-    return presets.get_phase2_preset(section.preset).replace(**fields)
+        return Phase1Config(**fields) if section.kind == "phase1" else Phase2Config(**fields)
+    from so8t_torch.models import presets
+
+    get = presets.get_preset if section.kind == "phase1" else presets.get_phase2_preset
+    return get(section.preset).replace(**fields)
 
 
 def _peer(section: ModelSection, fields: Mapping[str, Any]) -> PreTrainedConfig:
@@ -121,7 +136,7 @@ def _peer(section: ModelSection, fields: Mapping[str, Any]) -> PreTrainedConfig:
             raise ConfigError(f"model.fields.{name:.80}: {section.kind} has no such field; {hint}")
     try:
         return kind(**fields)
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigError(f"model.fields: {kind.__name__} refuses them ({error!s:.400}).") from error
 
 

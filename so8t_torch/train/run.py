@@ -337,7 +337,8 @@ def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
     write_table(folder.metrics, folder.table)
-    draw_curves(folder.metrics, folder.curves, folder.events)
+    others = None if result.ending is None else result.ending.baselines
+    draw_curves(folder.metrics, folder.curves, folder.events, others)
     folder.event("finish", steps=result.steps, seconds=round(result.seconds, 3), trainable=result.trainable)
 
 
@@ -354,11 +355,11 @@ def evaluate_run(run: str | Path, data: str | Path | None = None) -> TriageRepor
     from so8t_torch.safety.evaluation import evaluate_triage
 
     folder = RunFolder(Path(run))
+    if folder.model.is_dir():
+        raise ConfigError(f"{run}: decisions are measured of an adapter; this run trained a whole model on text.")
     if not (folder.config.is_file() and (folder.adapter / "adapter_config.json").is_file()):
         raise ConfigError(f"{run}: no finished run here; expected config.yaml and adapter/adapter_config.json.")
     config = load_config(TrainConfig, folder.config)
-    if config.model is not None:
-        raise ConfigError(f"{run}: decisions are measured of an adapter; this run trained a whole model on text.")
     held_out = _evaluation_records(config, data)
     torch.set_num_threads(building.thread_count(config))
     source, revision = building.base_source(config)

@@ -12,14 +12,15 @@ from torch import nn
 
 from so8t_torch.adapter import gate_summary
 from so8t_torch.core.errors import TrainingError
+from so8t_torch.nn.tensor_train_head import TensorTrainHead
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What an adapted model reads of a batch."""
 
-PACKED_INPUTS = ("input_ids", "position_ids", "segment_ids")
-"""What a model of packed rows may read of a batch: they have no padding, so there is no mask."""
+PACKED_INPUTS = ("segment_ids", "position_ids")
+"""Where documents begin in packed rows, which have no padding and so no mask; a model reads the first that it knows."""
 
 
 def plain_model(model: nn.Module) -> Any:
@@ -32,11 +33,13 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
     if isinstance(model, PeftModel):
         return INPUTS
     read = inspect.signature(model.forward).parameters
-    return tuple(name for name in PACKED_INPUTS if name in read)
+    return ("input_ids", *[name for name in PACKED_INPUTS if name in read][:1])
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return the stack of layers and the output embedding of a causal language model, adapted or not.
+
+    An embedding that is a tensor train is its own head, which is no part of the model.
 
     Raises:
         TrainingError: the model changes its logits after the head, which the chunked loss does not.
@@ -45,7 +48,8 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     for name in LOGIT_TRANSFORMS:
         if getattr(plain.config, name, None) not in (None, 1, 1.0):
             raise TrainingError(f"{type(plain).__name__} applies {name} to its logits; the chunked loss does not.")
-    return plain.get_decoder(), plain.get_output_embeddings()
+    decoder, head = plain.get_decoder(), plain.get_output_embeddings()
+    return decoder, TensorTrainHead(plain.get_input_embeddings()) if head is None else head
 
 
 def check_trainable(model: nn.Module) -> None:

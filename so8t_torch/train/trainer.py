@@ -101,7 +101,8 @@ class SO8TTrainer(CheckpointedTrainer):
         decoder, head = decoder_and_head(model)
         layers = gated_layers(decoder) if penalty.enabled else {}
         self._tap = ResidualTap({**layers, LAST_STATES: decoder})
-        self._at_head = LossAtHead(head, LAST_STATES, chunk=training.loss_chunk)
+        inside = any(part is head for part in model.modules())
+        self._at_head = LossAtHead(head, LAST_STATES, chunk=training.loss_chunk, called=inside)
         self._physics = Physics(
             physics or PhysicsSection(), decoder, self.args.seed, self.args.process_index, self._over_processes
         )
