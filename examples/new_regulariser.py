@@ -72,7 +72,7 @@ register_term(ported, "acceleration")
 def settings(folder):
     """Return the settings of a run: a small Phase 2 model learns a sentence by heart."""
     text = folder / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200, encoding="utf-8")
     tree = {
         "output_dir": str(folder / "run"),
         "threads": 1,

@@ -130,6 +130,12 @@ class Observer:
         return [read(module, call) for module in sources for call in calls[module]]
 
 
+def check_sources(decoder: nn.Module, kinds: Collection[str]) -> None:
+    """Raise TrainingError where the model has nothing that a kind of quantity could be read from."""
+    for kind in sorted(kinds):
+        _sources(decoder, list(getattr(decoder, "layers", ())), kind)
+
+
 def _sources(decoder: nn.Module, layers: list[nn.Module], kind: str) -> list[nn.Module]:
     if kind not in SOURCES:
         if not layers:

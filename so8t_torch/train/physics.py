@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from so8t_torch.core.config import Section
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.ops.physics import augmented_lagrangian, update_multipliers
-from so8t_torch.train.observation import Calls, Observer
+from so8t_torch.train.observation import Calls, Observer, check_sources
 from so8t_torch.train.physics_terms import find_term
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -193,6 +193,12 @@ class Physics(TrainerCallback):
                 raise TrainingError(f"physics.terms.{term.name} has no gradient; nothing trainable lies before it.")
             found.append(value.float())
         return torch.stack(found)
+
+
+def check_physics(section: PhysicsSection, decoder: nn.Module) -> None:
+    """Raise what ``Physics`` would raise for these settings and this stack, and leave no hook behind."""
+    kinds = {find_term(name, term.options).kind for name, term in section.terms.items()}
+    check_sources(decoder, kinds)
 
 
 def _mixed(*numbers: int) -> int:

@@ -10,6 +10,8 @@ that is learned along could lower its penalty by becoming flat. A closed system 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +98,20 @@ def find_term(name: str, options: Mapping[str, float]) -> Term:
         if option not in term.options:
             raise ConfigError(f"physics.terms.{name}: no option {option!r:.80}; {_nearest(option, term.options)}.")
     return term
+
+
+def import_terms(module: str) -> None:
+    """Import a module that registers terms.
+
+    Args:
+        module: dotted name, installed or on PYTHONPATH.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise ConfigError(f"There is no module {module!r:.80} to take terms from; install it, or set PYTHONPATH.")
+    importlib.import_module(module)
 
 
 def _nearest(name: str, names: Any) -> str:

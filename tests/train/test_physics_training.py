@@ -12,8 +12,14 @@ from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
 from so8t_torch.nn.hamiltonian import HamiltonianBlock
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
 from so8t_torch.train import building, physics_terms
+from so8t_torch.train.ablation import run_ablation
+from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.folder import read_metrics
 from so8t_torch.train.physics import Physics, PhysicsSection
-from so8t_torch.train.physics_terms import register_term, term_names
+from so8t_torch.train.physics_terms import import_terms, register_term, term_names
+from so8t_torch.train.run import run_training
+from tests.faults.kills import differences, trace
+from tests.train.test_resume import cut_off
 from tests.train.test_trainer import WHOLE, by_hand, excite, train
 
 EIGHT = (
@@ -288,6 +294,86 @@ def test_what_cannot_be_observed_is_refused(terms, error, match):
 def test_settings_out_of_range_are_refused(field):
     with pytest.raises(ConfigError, match=rf"terms.energy_drift.{field}"):
         parse_config(PhysicsSection, {"terms": {"energy_drift": {field: -1.0}}})
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Make settings of a short run of a small Phase 2 model on text, with all eight terms."""
+
+    def make(name, **sections):
+        text = tmp_path / "text.txt"
+        text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200, encoding="utf-8")
+        sizes = {"d_model": 16, "n_layers": 2, "num_heads": 2, "head_dim": 8, "memory_chunk": 8, "bk_hermitian": False}
+        terms = {name: {"weight": 0.01} for name in EIGHT}
+        terms["memory_balance"] = {"weight": 0.01, "options": {"norm": 0.01}}
+        tree = {
+            "output_dir": str(tmp_path / name),
+            "threads": 1,
+            "model": {"kind": "phase2", "fields": sizes},
+            "data": {"text": {"source": str(text), "length": 32}},
+            "training": {"max_steps": 4, "batch_size": 2, "lr": 3e-3},
+            "physics": {"terms": terms},
+            "recording": {"every_steps": 1, "progress": False, "tensorboard": False},
+            "checkpoint": {"every_steps": 2},
+            **sections,
+        }
+        return parse_config(TrainConfig, tree)
+
+    return make
+
+
+def told(directory):
+    return [row for row in read_metrics(directory / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def test_phase_2_trains_under_all_eight_terms_and_resumes_with_its_multipliers(whole):
+    quiet = run_training(whole("quiet"))
+    rows = told(quiet.directory)
+    assert len(rows) == 4
+    for name in EIGHT:
+        assert all(row[f"physics/{name}"] > 0 for row in rows), name
+        assert rows[-1][f"physics/{name}/multiplier"] > 0, name
+    cut_off(whole("cut"), 3)
+    resumed = run_training(whole("cut"), resume="auto")
+    assert not differences(trace(quiet.directory), trace(resumed.directory))
+
+
+def test_an_ablation_leaves_terms_out_one_by_one(whole):
+    terms = {"energy_drift": {"weight": 1.0}, "decay_budget": {"weight": 0.001}, "ward_residual": {"weight": 0.0}}
+    config = whole("ablation", physics={"terms": terms}, training={"max_steps": 3, "batch_size": 2, "lr": 3e-3})
+    found = run_ablation(config)
+    assert list(found.outcomes) == ["without", "energy_drift", "decay_budget", "all"]
+    moved = {name: {t for t, m in o.multipliers.items() if m > 0} for name, o in found.outcomes.items()}
+    expected = {"without": set(), **{name: {name} for name in list(terms)[:2]}, "all": set(list(terms)[:2])}
+    assert moved == expected
+    assert all(set(outcome.values) == set(terms) for outcome in found.outcomes.values())
+    assert {path.name for path in config.output_dir.iterdir()} == {*found.outcomes, "ablation.json", "ablation.png"}
+    assert "energy_drift" in str([column.header for column in found.table().columns])
+    with pytest.raises(ConfigError, match="at least one term with a weight above 0"):
+        run_ablation(whole("none", physics={"terms": {"energy_drift": {"weight": 0.0}}}))
+
+
+def test_terms_that_a_run_cannot_have_leave_no_folder(whole):
+    config = whole("bad", model={"kind": "llama", "fields": {"hidden_size": 16, "num_hidden_layers": 1}})
+    with pytest.raises(TrainingError, match="DissipativeBKLayer"):
+        run_training(config)
+    with pytest.raises(ConfigError, match="did you mean 'ward_residual'"):
+        run_training(whole("bad", physics={"terms": {"ward_residuel": {}}}))
+    assert not (config.output_dir).exists()
+
+
+def test_terms_of_a_module_are_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(physics_terms, "_TERMS", dict(physics_terms._TERMS))
+    source = (
+        "from so8t_torch.train.physics_terms import register_term\n"
+        "@register_term\ndef from_a_module(states):\n    return states.square().mean(), {}\n"
+    )
+    (tmp_path / "terms_of_mine.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_terms("terms_of_mine")
+    assert "from_a_module" in term_names()
+    with pytest.raises(ConfigError, match="no module 'nowhere_to_be_found'"):
+        import_terms("nowhere_to_be_found")
 
 
 def test_a_term_that_reaches_nothing_trainable_is_refused():
