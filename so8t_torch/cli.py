@@ -1,7 +1,7 @@
 """The ``so8t`` command: each sub-command reads its arguments, calls one function of the library and prints.
 
-The groups ``eval``, ``data``, ``audit``, ``export`` and ``logits`` are the command's vocabulary; a group appears in
-the help as soon as it has its first command.
+The groups ``eval``, ``data``, ``audit``, ``export``, ``logits`` and ``physics`` are the command's vocabulary; a group
+appears in the help as soon as it has its first command.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.text import Text
 from so8t_torch.core.config import dump_config, load_config, parse_config
 from so8t_torch.core.errors import SO8TError
 
-GROUPS = ("eval", "data", "audit", "export", "logits")
+GROUPS = ("eval", "data", "audit", "export", "logits", "physics")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,10 +52,21 @@ data_files = typer.Typer(
     epilog="Example: [bold]so8t data check questions.jsonl[/bold]",
 )
 app.add_typer(data_files, name="data")
+physics_terms = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="See what the physics terms of a run do.",
+    epilog="Example: [bold]so8t physics ablation CONFIG[/bold]",
+)
+app.add_typer(physics_terms, name="physics")
 
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be given several times."),
+]
+TermModules = Annotated[
+    list[str] | None,
+    typer.Option("--terms", metavar="MODULE", help="Import a module that registers physics terms of your own."),
 ]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/train/.")]
 
@@ -76,6 +87,7 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
     ] = False,
+    terms: TermModules = None,
 ) -> None:
     """Train gates and LoRA on a frozen base, as a configuration file says."""
     from so8t_torch.train.config import TrainConfig
@@ -84,8 +96,11 @@ def train(
     if print_config:
         typer.echo(dump_config(settings), nl=False)
         return
+    from so8t_torch.train.physics_terms import import_terms
     from so8t_torch.train.run import run_training
 
+    for module in terms or ():
+        import_terms(module)
     result = run_training(settings, resume=resume, dry_run=dry_run)
     if result.recorded:
         Console().print(result.summary(), soft_wrap=True)
@@ -303,6 +318,20 @@ def check(
     settings = {"mode": "quarantine" if quarantine else "strict", "refused_share": share}
     reading = parse_config(ReadingSection, settings)
     typer.echo(read_file(file, need_answer=answer, need_label=label, reading=reading).summary())
+
+
+@physics_terms.command(
+    epilog="Example: [bold]so8t physics ablation CONFIG --set physics.terms.energy_drift.weight=1[/bold]"
+)
+def ablation(config: ConfigPath, overrides: Overrides = None, terms: TermModules = None) -> None:
+    """Train without physics terms, with each alone and with all; write ablation.json and ablation.png beside."""
+    from so8t_torch.train.ablation import run_ablation
+    from so8t_torch.train.config import TrainConfig
+    from so8t_torch.train.physics_terms import import_terms
+
+    for module in terms or ():
+        import_terms(module)
+    Console().print(run_ablation(load_config(TrainConfig, config, overrides or ())).table())
 
 
 def main() -> None:

@@ -53,6 +53,26 @@ class Mixed(NamedTuple):
     potential: Potential
 
 
+class Chain(NamedTuple):
+    """The resolvent of the chains along all tokens, and what makes its books.
+
+    Attributes:
+        green: G_ii (B, K, N), of the whole chain in either mode.
+        left: left ratios L (B, K, N).
+        right: right ratios R (B, K, N).
+        upper: b between t and t + 1 (B, K, N − 1), 0 between segments.
+        lower: c (B, K, N − 1).
+        width: Γ + Im z (B, K, N).
+    """
+
+    green: Complex[Tensor, "b k n"]
+    left: Complex[Tensor, "b k n"]
+    right: Complex[Tensor, "b k n"]
+    upper: Float[Tensor, "b k m"]
+    lower: Float[Tensor, "b k m"]
+    width: Float[Tensor, "b k n"]
+
+
 class DissipativeBKLayer(nn.Module):
     """Features of each token from the resolvent of a lossy chain over the tokens up to it.
 
@@ -164,9 +184,7 @@ class DissipativeBKLayer(nn.Module):
         expect_tensors_or_none(
             "DissipativeBKLayer", state=state, segment_ids=segment_ids, padding_mask=padding_mask, shift=shift
         )
-        potential = self.potential(x)
-        if shift is not None:
-            potential = potential._replace(v=potential.v + shift.to(potential.v.dtype))
+        potential = self._potential(x, shift)
         energies = potential.values
         d = (energies - self.z().to(energies.dtype)).mT
         beta = self._couplings(x, d, segment_ids)
@@ -184,6 +202,29 @@ class DissipativeBKLayer(nn.Module):
                 last = _last(g, state, padding_mask)
         features = torch.cat([g.real, g.imag], -2).mT.to(autocast_dtype(x) or x.dtype)
         return Mixed(features, last, potential)
+
+    def chain(
+        self,
+        x: Float[Tensor, "b n d"],
+        segment_ids: Int[Tensor, "*#b n"] | None = None,
+        *,
+        padding_mask: Bool[Tensor, "b n"] | None = None,
+        shift: Float[Tensor, "b n k"] | None = None,
+    ) -> Chain:
+        """Return the resolvent along all tokens with ratios, couplings and widths, for a balance of flux.
+
+        Arguments and errors are those of ``forward``; nothing couples to padding.
+        """
+        potential = self._potential(x, shift)
+        values, z = potential.values.mT, self.z().to(potential.values.dtype)
+        upper, lower = self._hopping(x, values, segment_ids)
+        if padding_mask is not None:
+            _check_padding(x, padding_mask)
+            upper, lower = (torch.where(padding_mask[:, None], part, 0.0) for part in (upper, lower))
+        upper, lower = upper[..., 1:], lower[..., 1:]
+        left, right = tridiagonal.ratios(values, upper, lower, z, require_dissipation=False, backend=self.backend)
+        green = (left + right - (values - z[:, None])).reciprocal()
+        return Chain(green, left, right, upper, lower, potential.gamma.mT + z.imag[:, None])
 
     def z(self) -> Complex[Tensor, " k"]:
         """Return where the resolvent is taken, in the upper half-plane."""
@@ -210,15 +251,25 @@ class DissipativeBKLayer(nn.Module):
         return tridiagonal.green(d, beta, one, origin, mode="full", require_dissipation=False, backend=self.backend)
 
     def _couplings(self, x: Tensor, d: Tensor, segment_ids: Tensor | None) -> Tensor:
-        """Return β (B, K, N) of each token to the one before it, 0 where a segment begins inside."""
+        """Return β = bc (B, K, N) of each token to the one before it, 0 where a segment begins inside."""
+        b, c = self._hopping(x, d, segment_ids)
+        return b * c
+
+    def _potential(self, x: Tensor, shift: Tensor | None) -> Potential:
+        """Return the potential, shifted."""
+        potential = self.potential(x)
+        return potential if shift is None else potential._replace(v=potential.v + shift.to(potential.v.dtype))
+
+    def _hopping(self, x: Tensor, d: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return b and c (B, K, N) between each token and the one before it, 0 where a segment begins inside."""
         wide = d.real.dtype
         raw = self.hopping.to(wide)[:, None].expand(d.shape)
         if self.adaptive_hopping:
             raw = raw + nn.functional.linear(x, self.hopping_weight).to(wide).mT
         b = softplus(raw)
-        beta = b * (b if self.hermitian else self.backward_hopping.to(wide)[:, None])
+        c = b if self.hermitian else self.backward_hopping.to(wide)[:, None].expand(b.shape)
         if segment_ids is None:
-            return beta
+            return b, c
         rows, length = x.shape[:2]
         if segment_ids.shape not in ((length,), (1, length), (rows, length)):
             raise ShapeError(
@@ -230,7 +281,7 @@ class DissipativeBKLayer(nn.Module):
                 f"DissipativeBKLayer: expected whole numbers in segment_ids, got {segment_ids.dtype}; convert them."
             )
         continues = pad(segment_ids[..., 1:] == segment_ids[..., :-1], (1, 0), value=True)
-        return torch.where(continues[..., None, :], beta, 0.0)
+        return torch.where(continues[..., None, :], b, 0.0), torch.where(continues[..., None, :], c, 0.0)
 
 
 def _check_padding(x: Tensor, padding_mask: Tensor) -> None:

@@ -17,6 +17,7 @@ from so8t_torch.data.intake import ReadingSection
 from so8t_torch.data.records import Columns
 from so8t_torch.data.scenarios import ScenarioSection
 from so8t_torch.data.text import TextSection
+from so8t_torch.train.physics import PhysicsSection
 from so8t_torch.train.scratch import ScratchBase
 
 Positive = Annotated[int, Field(ge=1)]
@@ -228,6 +229,7 @@ class TrainConfig(Section):
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     penalty: PenaltySection = PenaltySection()
+    physics: PhysicsSection = PhysicsSection()
     training: TrainingSection = TrainingSection()
     recording: RecordingSection = RecordingSection()
     logits: LogitsSection = LogitsSection()

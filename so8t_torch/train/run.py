@@ -39,10 +39,12 @@ from so8t_torch.train.ladder import Sink
 from so8t_torch.train.language import Ending, conclude
 from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.out_of_memory import fitting
+from so8t_torch.train.physics import check_physics
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, trained_state
 from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
 from so8t_torch.train.table import write_table
+from so8t_torch.train.trained import decoder_and_head
 from so8t_torch.train.trainer import SO8TTrainer
 
 if TYPE_CHECKING:
@@ -196,7 +198,9 @@ def _build(config: TrainConfig, arguments: Any, fresh: RunFolder | None) -> buil
 
 
 def _job(config: TrainConfig) -> building.Job:
-    return building.build(config) if config.model is None else language.build(config)
+    job = building.build(config) if config.model is None else language.build(config)
+    check_physics(config.physics, decoder_and_head(job.model)[0])
+    return job
 
 
 def _open(folder: RunFolder, config: TrainConfig, start: Start | None) -> None:
@@ -274,6 +278,7 @@ def _trainer(
         [Recorder(folder), *callbacks],
         replace(keeping(config), base=job.base),
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
+        config.physics,
     )
     if config.model is None:
         trainer.relief.what_fits = lambda limit: fitting(config, limit)

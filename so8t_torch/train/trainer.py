@@ -1,6 +1,6 @@
 """The training step: supervised cross-entropy in chunks, plus the penalty, on transformers' ``Trainer``.
 
-    L = Σ_n nll_n / N_tokens + λ(step) PET + Σ_m (N_m / N_tokens) aux_m
+    L = Σ_n nll_n / N_tokens + λ(step) PET + Σ_m (N_m / N_tokens) aux_m + physics
 
 aux_m is what a model adds to the loss of micro-batch m by itself (``aux_loss`` of its output). N_tokens and PET's
 denominator count the whole optimiser step, over every micro-batch and process, so accumulation 4 × 1 is batch 4. The
@@ -34,6 +34,7 @@ from so8t_torch.train.manifest import Health
 from so8t_torch.train.meter import LossMeter, perplexity
 from so8t_torch.train.out_of_memory import MemoryRelief, split
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+from so8t_torch.train.physics import Physics, PhysicsSection
 from so8t_torch.train.preconditions import check_groups, check_trainable, decoder_and_head
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
@@ -57,6 +58,7 @@ class SO8TTrainer(CheckpointedTrainer):
         callbacks: further callbacks.
         keeping: how checkpoints are marked, and how many stay.
         guard: watches the steps and recovers from their faults.
+        physics: settings of the physics terms.
     """
 
     optimizer: Any
@@ -73,6 +75,7 @@ class SO8TTrainer(CheckpointedTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         keeping: Keeping | None = None,
         guard: Guard | None = None,
+        physics: PhysicsSection | None = None,
     ) -> None:
         check_trainable(model)
         self.guard = guard or Guard()
@@ -102,6 +105,10 @@ class SO8TTrainer(CheckpointedTrainer):
         self._tap = ResidualTap({**layers, LAST_STATES: decoder})
         inside = any(part is head for part in model.modules())
         self._at_head = LossAtHead(head, LAST_STATES, chunk=training.loss_chunk, called=inside)
+        self._physics = Physics(
+            physics or PhysicsSection(), decoder, self.args.seed, self.args.process_index, self._over_processes
+        )
+        self.add_callback(self._physics)
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
@@ -154,6 +161,7 @@ class SO8TTrainer(CheckpointedTrainer):
         self._meter.mark()
         self._micro_batches, self._taken = samples, 0
         self._kept = (self._tr_loss.clone(), self._settings)
+        self._physics.begin(self.state.global_step, [batch["attention_mask"] for batch in samples], device)
         if self._penalty.enabled and samples:
             count = torch.stack([triples(batch["attention_mask"]) for batch in samples]).sum()
             self._triples = self._over_processes(count.to(device))
@@ -181,6 +189,7 @@ class SO8TTrainer(CheckpointedTrainer):
             set_generators(self._generators)
             model.zero_grad()
             self._meter.undo()
+            self._physics.undo()
             self.guard.begin(self.state.global_step + 1)
             self._step_loss = (-1, None)
 
@@ -214,7 +223,7 @@ class SO8TTrainer(CheckpointedTrainer):
         if streams:
             pet = penalty(streams, mask, self._triples, huber_delta=self._penalty.huber_delta)
         extra = extra * nll.numel() / tokens
-        loss = (language + weight * pet + extra) * self.accelerator.num_processes
+        loss = (language + weight * pet + extra + self._physics.part(mask)) * self.accelerator.num_processes
         self._check(loss, pet)
         self.guard.examination.saw_loss(language, loss / self.accelerator.num_processes)
         self._meter.add(self.state.global_step, nll.sum(), nll.numel(), mask.sum(), pet, weight, extra)
@@ -224,7 +233,8 @@ class SO8TTrainer(CheckpointedTrainer):
         """Return the supervised losses, the streams after the gated layers, and what the model adds to the loss."""
         if "routes" in inputs:
             self.model.base_model.set_gate_routes(inputs["routes"])
-        (nll, _), states, extra = self._losses(model, inputs)
+        with self._physics.observe():
+            (nll, _), states, extra = self._losses(model, inputs)
         return nll, list(states.values()), nll.new_zeros(()) if extra is None else extra
 
     def _losses(
@@ -289,6 +299,7 @@ class SO8TTrainer(CheckpointedTrainer):
             self._tr_loss.copy_(self._kept[0])
             self._settings = self._kept[1]
         self._meter.undo()
+        self._physics.undo()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -319,9 +330,9 @@ class SO8TTrainer(CheckpointedTrainer):
             if not math.isfinite(logs.get("grad_norm", 0)):
                 del logs["grad_norm"]
             logs |= self._meter.read(self._over_processes)
-            logs |= self._settings
-            logs |= geometry(self.model)
+            logs |= self._settings | self._physics.read() | geometry(self.model)
             self._meter.reset()
+            self._physics.reset()
         super().log(logs, start_time)
 
     def orthogonality_error(self) -> float | None:
@@ -333,6 +344,7 @@ class SO8TTrainer(CheckpointedTrainer):
         return super().loop_state() | {
             "meter": self._meter.state(),
             "settings": self._settings,
+            "physics": self._physics.state(),
             "guard": self.guard.sight(),
         }
 
@@ -341,6 +353,7 @@ class SO8TTrainer(CheckpointedTrainer):
         super().load_loop_state(state)
         self._meter.load(state["meter"])
         self._settings = dict(state["settings"])
+        self._physics.load(state["physics"])
         self.guard.load_sight(state["guard"])
 
     def phases(self) -> dict[str, Any]:

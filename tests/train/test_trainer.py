@@ -38,7 +38,17 @@ def job_and_trainer(config, tmp_path, *callbacks, mutate=None, guard=None):
         mutate(job.model)
     arguments = building.training_arguments(config, tmp_path / "checkpoints")
     sections = (config.training, config.penalty)
-    trainer = SO8TTrainer(job.model, arguments, job.rows, job.held_out, job.collator, *sections, callbacks, guard=guard)
+    trainer = SO8TTrainer(
+        job.model,
+        arguments,
+        job.rows,
+        job.held_out,
+        job.collator,
+        *sections,
+        callbacks,
+        guard=guard,
+        physics=config.physics,
+    )
     return job, trainer
 
 
