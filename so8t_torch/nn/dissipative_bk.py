@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
@@ -141,14 +141,19 @@ class DissipativeBKLayer(nn.Module):
         x: Float[Tensor, "b n d"],
         state: Complex[Tensor, "b k"] | None = None,
         segment_ids: Int[Tensor, "*#b n"] | None = None,
+        *,
+        padding_mask: Bool[Tensor, "b n"] | None = None,
+        shift: Float[Tensor, "b n k"] | None = None,
     ) -> Mixed:
         """Return features, state and potential.
 
         Args:
             x: activations of the dtype of the parameters; under autocast any that it casts (not float64).
             state: what the call on the tokens before returned; ``None`` or zeros at the start of a document.
-            segment_ids: chains restart where the number changes; (N,) holds for all rows. Give padding a number of its
-                own.
+            segment_ids: chains restart where the number changes; (N,) holds for all rows. Without a padding_mask give
+                padding a number of its own.
+            padding_mask: False where a token is padding, behind the other tokens of its row: the state is theirs.
+            shift: is added to v, by a memory of the tokens before.
 
         Raises:
             ShapeError: x is not (B, N, D) with N > 0, or state or ids do not fit it.
@@ -156,11 +161,18 @@ class DissipativeBKLayer(nn.Module):
                 precision, or the ids are no whole numbers.
             ConfigError: a state in mode ``"full"``, where the past cannot be summed up.
         """
-        expect_tensors_or_none("DissipativeBKLayer", state=state, segment_ids=segment_ids)
+        expect_tensors_or_none(
+            "DissipativeBKLayer", state=state, segment_ids=segment_ids, padding_mask=padding_mask, shift=shift
+        )
         potential = self.potential(x)
+        if shift is not None:
+            potential = potential._replace(v=potential.v + shift.to(potential.v.dtype))
         energies = potential.values
         d = (energies - self.z().to(energies.dtype)).mT
         beta = self._couplings(x, d, segment_ids)
+        if padding_mask is not None:
+            _check_padding(x, padding_mask)
+            beta = torch.where(padding_mask[:, None], beta, 0.0)
         if self.mode == "full":
             if state is not None:
                 raise ConfigError("DissipativeBKLayer: expected no state in mode 'full', which reads the whole chain.")
@@ -168,6 +180,8 @@ class DissipativeBKLayer(nn.Module):
         else:
             state = torch.zeros_like(d[..., 0]) if state is None else state
             g, last = tridiagonal.advance(state, d, beta, backend=self.backend)
+            if padding_mask is not None:
+                last = _last(g, state, padding_mask)
         features = torch.cat([g.real, g.imag], -2).mT.to(autocast_dtype(x) or x.dtype)
         return Mixed(features, last, potential)
 
@@ -210,3 +224,19 @@ class DissipativeBKLayer(nn.Module):
             )
         continues = pad(segment_ids[..., 1:] == segment_ids[..., :-1], (1, 0), value=True)
         return torch.where(continues[..., None, :], beta, 0.0)
+
+
+def _check_padding(x: Tensor, padding_mask: Tensor) -> None:
+    """Raise unless the mask has one truth value per token."""
+    if padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool:
+        raise ShapeError(
+            f"DissipativeBKLayer: expected a boolean padding_mask {tuple(x.shape[:2])}, True where a token counts, got "
+            f"{padding_mask.dtype} {tuple(padding_mask.shape)}."
+        )
+
+
+def _last(g: Tensor, state: Tensor, padding_mask: Tensor) -> Tensor:
+    """Return g (B, K, N) at the last token of each row that is none of padding, or what entered where there is none."""
+    counts = padding_mask.sum(1)[:, None]
+    places = (counts - 1).clamp(min=0).expand(state.shape)[..., None]
+    return torch.where(counts > 0, g.gather(-1, places)[..., 0], state)

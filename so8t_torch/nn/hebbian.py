@@ -26,14 +26,14 @@ from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 from so8t_torch.ops import hebbian
 from so8t_torch.ops.hebbian.arguments import check_options
 
-__all__ = ["DissipativeHebbianLayer"]
+__all__ = ["DissipativeHebbianLayer", "Tokens"]
 
 HALF_LIVES = (4.0, 4096.0)
 """Shortest and longest half-life of the heads at the start, in tokens."""
 
 
-class _Tokens(NamedTuple):
-    """What the recurrence takes from tokens."""
+class Tokens(NamedTuple):
+    """What the recurrence takes from tokens: decay and eta as they act, (B, N, H)."""
 
     q: Tensor
     k: Tensor
@@ -164,11 +164,8 @@ class DissipativeHebbianLayer(nn.Module):
             ConfigError: Γ is missing, or given beside the layer's own.
         """
         expect_tensors_or_none("DissipativeHebbianLayer", state=state, segment_ids=segment_ids)
-        tokens = self._tokens(x, padding_mask, gamma)
-        y, last = hebbian.hebbian(
-            *tokens, self._started(tokens, state), segment_ids, **self._options(), backend=self.backend
-        )
-        return self._out(y), last
+        y, last = self.recur(self.tokens(x, padding_mask, gamma), state, segment_ids)
+        return self.output(y), last
 
     def forward_step(
         self,
@@ -189,10 +186,8 @@ class DissipativeHebbianLayer(nn.Module):
         """
         expect_tensors("DissipativeHebbianLayer", x=x)
         expect_tensors_or_none("DissipativeHebbianLayer", state=state, gamma=gamma)
-        tokens = self._tokens(x[:, None], None, None if gamma is None else gamma[:, None])
-        started = self._started(tokens, state)
-        y, last = hebbian.step(started, *(part[:, 0] for part in tokens), **self._options())
-        return self._out(y), last
+        y, last = self.recur_step(self.tokens(x[:, None], None, None if gamma is None else gamma[:, None]), state)
+        return self.output(y)[:, 0], last
 
     def potential_feedback(self, state: Float[Tensor, "b h k v"]) -> Float[Tensor, "b c"]:
         """Return δv = g · mean over heads of ⟨P, S⟩, to be added to the potential of the tokens that come after S.
@@ -244,7 +239,7 @@ class DissipativeHebbianLayer(nn.Module):
             ``gamma``, ``half_life`` in tokens, ``energy``, ``dissipation``, ``supply`` and ``balance_residual``
             (B, N, H); for the rule "hebb" also ``bound`` of ‖S‖ and ``within_bound``.
         """
-        _, k, v, rate, eta = self._tokens(x, padding_mask, gamma)
+        _, k, v, rate, eta = self.tokens(x, padding_mask, gamma)
         balance = hebbian.energy_balance(k, v, rate, eta, state, segment_ids, **self._options())
         found = {
             "gamma": rate / self.dt,
@@ -268,10 +263,19 @@ class DissipativeHebbianLayer(nn.Module):
             f"rule={self.rule!r}, discretization={self.discretization!r}, key_norm={self.key_norm!r}, dt={self.dt:g}"
         )
 
-    def _options(self) -> dict[str, Any]:
-        return {"rule": self.rule, "discretization": self.discretization, "key_norm": self.key_norm}
+    def recur(self, tokens: Tokens, state: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what tokens (B, N, H, ·) read, and the state after them."""
+        started = self._started(tokens, state)
+        return hebbian.hebbian(*tokens, started, segment_ids, **self._options(), backend=self.backend)
 
-    def _tokens(self, x: Tensor, padding_mask: Tensor | None, gamma: Tensor | None) -> _Tokens:
+    def recur_step(self, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what rows of one token (B, 1, H, ·) read, and the state after it: ``recur`` without a run."""
+        started = self._started(tokens, state)
+        with without_autocast(started.device):
+            y, last = hebbian.step(started, *(part[:, 0] for part in tokens), **self._options())
+        return y[:, None], last
+
+    def tokens(self, x: Tensor, padding_mask: Tensor | None, gamma: Tensor | None) -> Tokens:
         """Return what the recurrence takes from tokens (B, N, D), those of padding without effect."""
         self._check(x, padding_mask, gamma)
         if padding_mask is not None:
@@ -289,7 +293,7 @@ class DissipativeHebbianLayer(nn.Module):
             eta = eta * self.dt
         if padding_mask is not None:
             decay, eta = (torch.where(padding_mask[..., None], part, 0.0) for part in (decay, eta))
-        return _Tokens(q * self.head_dim**-0.5, k, v, decay, eta)
+        return Tokens(q * self.head_dim**-0.5, k, v, decay, eta)
 
     def _strength(self, x: Tensor, kind: torch.dtype) -> Tensor:
         """Return η (B, N, H)."""
@@ -300,14 +304,17 @@ class DissipativeHebbianLayer(nn.Module):
             return softplus(self.eta_raw.to(kind)).expand(shape)
         return torch.full(shape, self.eta, dtype=kind, device=x.device)
 
-    def _started(self, tokens: _Tokens, state: Tensor | None) -> Tensor:
+    def _options(self) -> dict[str, Any]:
+        return {"rule": self.rule, "discretization": self.discretization, "key_norm": self.key_norm}
+
+    def _started(self, tokens: Tokens, state: Tensor | None) -> Tensor:
         """Return the state that enters, which is carried in float32 even where tokens are not."""
         if state is not None:
             return state
         shape = (len(tokens.v), self.num_heads, self.head_dim, self.head_dim)
         return tokens.v.new_zeros(shape, dtype=accumulation_dtype(tokens.v.dtype))
 
-    def _out(self, y: Tensor) -> Tensor:
+    def output(self, y: Tensor) -> Tensor:
         """Return the projection of what the heads read, each divided by its root mean square."""
         kind = accumulation_dtype(y.dtype)
         level = rms_norm(y.to(kind), (self.head_dim,), eps=self.norm_eps) * self.norm_weight.to(kind)

@@ -1,0 +1,263 @@
+"""The Phase 2 language model: blocks of a dissipative resolvent, a fast-weight memory that forgets, and a perceptron.
+
+    x ← x + W₂ g(x̂),  x̂ = LN₁(x);   g the causal diagonal of the resolvent of a lossy chain, Γ its rates, and Γ^mem
+    x ← x + memory(conv(LN₂(x)), Γ^mem)        judged where a chunk of tokens begins (nn/modulated_memory.py)
+    x ← x + W₄ gelu(W₃ LN₃(x))
+
+Every part is causal and costs the same for every token; what a token leaves for the next is a state of fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.models.body import RecurrentModel
+from so8t_torch.models.configuration import Phase2Config
+from so8t_torch.models.language_model import RecurrentForCausalLM, register
+from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
+from so8t_torch.nn.hebbian import DissipativeHebbianLayer
+from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
+from so8t_torch.nn.memory_selection import SNRMemoryFilter
+from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark
+from so8t_torch.nn.short_convolution import ShortConvolution
+from so8t_torch.nn.zeta_initialization import ZetaInitializer
+
+__all__ = ["Phase2Block", "Phase2ForCausalLM", "Phase2IntegratedModel", "Phase2Model"]
+
+SLOWEST_DECAY = 1e-4
+"""Least decay rate of the memory per token."""
+State = dict[str, Tensor]
+
+
+class Phase2Block(GradientCheckpointingLayer):
+    """One block; ``block(x, state, ...) -> (x, state, found)``.
+
+    Args:
+        config: of the model.
+    """
+
+    memory: ModulatedMemory | None
+    conv: ShortConvolution | None
+
+    def __init__(self, config: Phase2Config) -> None:
+        super().__init__()
+        width, channels = config.d_model, config.bk_channels or config.num_heads
+        self.config, self.channels = config, channels
+        self.bk_norm, self.memory_norm, self.ffn_norm = (
+            nn.LayerNorm(width, eps=config.layer_norm_eps) if wanted else None
+            for wanted in (True, config.hebbian_enabled, True)
+        )
+        self.bk = DissipativeBKLayer(
+            width,
+            channels=channels,
+            mode=config.bk_mode,
+            hermitian=config.bk_hermitian,
+            adaptive_hopping=config.bk_adaptive_hopping,
+            memory_heads=config.num_heads if config.hebbian_enabled else 0,
+            base_decay=config.base_decay,
+            memory_base_decay=SLOWEST_DECAY / max(1.0, config.hebbian_dt),
+            adaptive_decay=config.adaptive_decay,
+            dt=config.hebbian_dt,
+            backend=config.backend,
+        )
+        self.bk_out = nn.Linear(2 * channels, width)
+        filtered = config.hebbian_enabled and config.short_conv > 1
+        self.conv = ShortConvolution(width, config.short_conv) if filtered else None
+        self.memory = _memory(config, channels) if config.hebbian_enabled else None
+        inner = config.ffn_dim or 4 * width
+        self.ffn = nn.Sequential(
+            nn.Linear(width, inner), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(inner, width)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the tensors that the block carries from token to token, in order."""
+        return tuple(self.initial_state(1, torch.device("meta"), torch.float32))
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+        """Return the state before the first token: zeros.
+
+        Args:
+            batch: rows.
+            device: of the states.
+            dtype: of the activations; recurrences are carried in float32, or float64 for float64.
+        """
+        config, wide = self.config, accumulation_dtype(dtype)
+        sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if config.bk_mode == "causal":
+            sizes["chain"] = (self.channels, 2), wide
+        if self.conv is not None:
+            sizes["conv"] = (config.short_conv - 1, config.d_model), dtype
+        if self.memory is not None:
+            sizes["memory"] = (config.num_heads, config.head_dim, config.head_dim), wide
+            if config.snr_enabled:
+                sizes["excess"] = (config.num_heads, 2), wide
+            if config.feedback_enabled:
+                sizes["shift"] = (self.channels,), wide
+        return {name: torch.zeros(batch, *size, device=device, dtype=kind) for name, (size, kind) in sizes.items()}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the linear maps; the layers that have rates and gates of their own reset those themselves."""
+        rng = np.random.default_rng(int(torch.randint(2**62, (), device="cpu")))
+        for linear, gain in self._linear_maps():
+            if self.config.use_zeta_init:
+                ZetaInitializer.initialize_linear_zeta(linear, gain, rng=rng)
+            else:
+                nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        state: State | None = None,
+        *,
+        padding_mask: Bool[Tensor, "b n"] | None = None,
+        segment_ids: Int[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, "b n"],
+        diagnostics: str | None = None,
+    ) -> tuple[Float[Tensor, "b n d"], State, dict[str, Any]]:
+        """Return the tokens, the state after them, and what was found.
+
+        Args:
+            x: activations.
+            state: what the block returned for the tokens before; none at the beginning of all rows.
+            padding_mask: False where a token is padding, behind the others of its row.
+            segment_ids: number of the document of each token, that of the token before for padding.
+            positions: of each token in its document.
+            diagnostics: ``"summary"`` or ``"full"`` for the second half of what is returned.
+        """
+        chunk = self.config.memory_chunk
+        marks = mark(positions, chunk, real=padding_mask, documents=segment_ids, fresh=state is None)
+        if state is None:
+            state = self.initial_state(len(x), x.device, self.bk_out.weight.dtype)
+        mix = self._mix_with_feedback if self.memory is not None and self.config.feedback_enabled else self._mix
+        x, state, found = mix(x, state, marks, diagnostics)
+        change = self.ffn(self.ffn_norm(x))
+        if diagnostics == "full":
+            found["ffn_output"] = change.detach()
+        return x + self.dropout(change), state, found
+
+    def _mix(
+        self, x: Tensor, state: State, marks: Marks, diagnostics: str | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, State, dict[str, Any]]:
+        """Return tokens after both mixers."""
+        after = dict(state)
+        chain = torch.complex(*state["chain"].unbind(-1)) if "chain" in state else None
+        mixed = self.bk(self.bk_norm(x), chain, marks.documents, padding_mask=marks.real, shift=shift)
+        if mixed.state is not None:
+            after["chain"] = torch.stack([mixed.state.real, mixed.state.imag], -1)
+        x = x + self.dropout(self.bk_out(mixed.features))
+        if self.memory is None:
+            return x, after, {}
+        z = self.memory_norm(x)
+        if self.conv is not None:
+            z, after["conv"] = self.conv(z, state["conv"], marks.documents, padding_mask=marks.real)
+        entering = self._memory_state(state)
+        read, memory, _ = self.memory(z, mixed.potential.memory_gamma, entering, marks)
+        after["memory"] = memory.weights
+        if "excess" in state:
+            after["excess"] = memory.excess
+        return x + self.dropout(read), after, {}
+
+    def _mix_with_feedback(
+        self, x: Tensor, state: State, marks: Marks, diagnostics: str | None = None
+    ) -> tuple[Tensor, State, dict[str, Any]]:
+        """Return tokens after both mixers, chunk by chunk: the memory shifts the potentials of later tokens."""
+        mixed, found = [], {}
+        for first in range(0, x.shape[1], self.config.memory_chunk):
+            places = slice(first, first + self.config.memory_chunk)
+            piece = marks.piece(places)
+            shift, last = self._shift(x[:, places], state, piece)
+            y, state, found = self._mix(x[:, places], state, piece, diagnostics, shift)
+            state["shift"] = last
+            mixed.append(y)
+        return torch.cat(mixed, 1), state, found
+
+    def _shift(self, x: Tensor, state: State, marks: Marks) -> tuple[Tensor, Tensor]:
+        """Return what is added to the potentials of up to a chunk of tokens (B, 1 or N, C), and to that of the next."""
+        assert self.memory is not None
+        if marks.aligned:
+            entered = self.memory.judge(state["memory"]).weights
+            shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), state["shift"])
+            return shift[:, None], shift
+        turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
+        before = torch.where(begun, 0.0, torch.where(marks.starts[:, :1], 0.0, state["shift"])[:, None])
+        early = marks.before_turns()
+        _, middle, _ = self._mix(x, state, early, None, before)
+        judged = self.memory.judge(middle["memory"]).weights
+        after = self.memory.hebbian.potential_feedback(judged)[:, None]
+        shift = torch.where(begun, 0.0, torch.where(turned, after, before))
+        return shift, shift[:, -1]
+
+    def _memory_state(self, state: State) -> MemoryState:
+        weights = state["memory"]
+        return MemoryState(weights, state["excess"] if "excess" in state else weights.new_zeros(*weights.shape[:2], 2))
+
+    def _linear_maps(self) -> Iterator[tuple[nn.Linear, float]]:
+        """Return the linear maps with the size of what they give, beside that of what they take."""
+        outward = (2 * self.config.n_layers) ** -0.5
+        yield self.bk_out, outward
+        if self.memory is not None:
+            layer = self.memory.hebbian
+            yield from ((linear, 1.0) for linear in (layer.q_proj, layer.k_proj, layer.v_proj))
+            yield layer.out_proj, outward
+        yield self.ffn[0], 1.0
+        yield self.ffn[-1], outward
+
+
+def _memory(config: Phase2Config, channels: int) -> ModulatedMemory:
+    """Return the memory of a block."""
+    hebbian = DissipativeHebbianLayer(
+        config.d_model,
+        config.num_heads,
+        config.head_dim,
+        eta=config.hebbian_eta,
+        eta_mode=config.hebbian_eta_mode,
+        rule=config.hebbian_rule,
+        own_decay=False,
+        dt=config.hebbian_dt,
+        feedback_channels=channels if config.feedback_enabled else 0,
+        backend=config.backend,
+    )
+    snr = SNRMemoryFilter(config.snr_threshold, config.snr_gamma_boost, config.snr_eta_boost)
+    resonance = MemoryResonanceLayer(config.head_dim, config.num_heads, config.resonance_energy_threshold)
+    return ModulatedMemory(
+        hebbian,
+        snr if config.snr_enabled else None,
+        resonance if config.resonance_enabled else None,
+        chunk=config.memory_chunk,
+        adaptive_time_step=config.adaptive_time_step,
+    )
+
+
+class Phase2Model(RecurrentModel):
+    """Embedding, blocks and a last norm."""
+
+    config_class = Phase2Config
+    block_class = Phase2Block
+    _no_split_modules = ("Phase2Block",)
+
+
+class Phase2ForCausalLM(RecurrentForCausalLM):
+    """The language model."""
+
+    config_class = Phase2Config
+    body_class = Phase2Model
+    _no_split_modules = ("Phase2Block",)
+
+
+Phase2IntegratedModel = Phase2ForCausalLM
+"""The name that the original gave it."""
+
+register(Phase2Config, Phase2Model, Phase2ForCausalLM)

@@ -1,0 +1,147 @@
+"""How the tokens of a call lie in their rows: padding moved behind them, documents numbered, positions counted.
+
+    order: tokens first, in their order, padding after them        inverse: back to the columns of the call
+    position of a token = tokens of its document before it, those of earlier calls included
+
+So that a block meets padding at the end of a row alone, and a row that is padded on the left runs like one that is not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from so8t_torch.core.errors import DomainError, ShapeError
+
+__all__ = ["Rows", "lay_out"]
+
+
+class Rows(NamedTuple):
+    """The layout of B rows of N tokens.
+
+    Attributes:
+        positions: of each token in its document (B, N).
+        counts: positions after the call (B,).
+        real: False where a token is padding (B, N), which comes last in its row; nothing where there is none.
+        documents: the number of each token's document in its row (B, N), that of the token before for padding; nothing
+            where no row has a second one.
+        order: column of the call that each place takes (B, N); nothing where they stay.
+        inverse: place that each column went to.
+    """
+
+    positions: Int[Tensor, "b n"]
+    counts: Int[Tensor, " b"]
+    real: Bool[Tensor, "b n"] | None = None
+    documents: Int[Tensor, "b n"] | None = None
+    order: Int[Tensor, "b n"] | None = None
+    inverse: Int[Tensor, "b n"] | None = None
+
+    def lay(self, x: Tensor) -> Tensor:
+        """Return columns (B, N, ...) in their places."""
+        return _taken(x, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Return places (B, N, ...) in the columns of the call."""
+        return _taken(x, self.inverse)
+
+
+def lay_out(
+    sizes: tuple[int, int],
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    entering: Int[Tensor, " b"] | None = None,
+) -> Rows:
+    """Return the layout of a call.
+
+    Args:
+        sizes: B and N.
+        device: of the call.
+        attention_mask: 0 where a token is padding, (B, N) or longer: its last N columns count.
+        segment_ids: equal numbers for the tokens of one document, (B, N) or (N,).
+        position_ids: without segment_ids, a 0 after the first token of a row begins a document; nothing else of them
+            is read, because positions are counted.
+        entering: positions that earlier calls left; the rows begin without.
+
+    Raises:
+        ShapeError: a shape does not fit.
+        DomainError: segment or position ids are no whole numbers.
+    """
+    rows, length = sizes
+    mask = _mask(attention_mask, rows, length)
+    starts = _starts(segment_ids, position_ids, rows, length, mask)
+    order = inverse = documents = None
+    if mask is not None and length > 1:
+        order = (~mask).long().argsort(dim=1, stable=True)
+        inverse = order.argsort(dim=1)
+        mask = mask.gather(1, order)
+    began = torch.zeros(rows, dtype=torch.int64, device=device) if entering is None else entering
+    places = torch.arange(length, device=device)
+    counted = mask.sum(1) if mask is not None else torch.full_like(began, length)
+    if starts is None:
+        return Rows(began[:, None] + places, began + counted, mask, None, order, inverse)
+    starts = _document_starts(starts, mask, order)
+    documents = starts.long().cumsum(1)
+    positions = places - torch.where(starts, places, -began[:, None]).cummax(1).values
+    last = positions.gather(1, (counted - 1).clamp(min=0)[:, None])[:, 0] + 1
+    return Rows(positions, torch.where(counted > 0, last, began), mask, documents, order, inverse)
+
+
+def _mask(attention_mask: Tensor | None, rows: int, length: int) -> Tensor | None:
+    """Return where tokens are real, or nothing where all are."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or len(attention_mask) != rows or attention_mask.shape[1] < length:
+        raise ShapeError(
+            f"expected an attention_mask ({rows}, {length}), or longer by what was seen before, got "
+            f"{tuple(attention_mask.shape)}; recurrent blocks know padding alone, no mask between pairs of tokens."
+        )
+    mask = attention_mask[:, -length:] != 0
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return mask
+    return None if bool(mask.all()) else mask
+
+
+def _starts(
+    segment_ids: Tensor | None, position_ids: Tensor | None, rows: int, length: int, mask: Tensor | None
+) -> Tensor | None:
+    """Return numbers whose change begins a document (B, N), in the columns of the call, or nothing."""
+    if segment_ids is not None:
+        return _numbers("segment_ids", segment_ids, rows, length)
+    if position_ids is None or length == 1:
+        return None
+    begins = _numbers("position_ids", position_ids, rows, length) == 0
+    if mask is not None:
+        # the first token that counts begins its row, wherever it stands
+        begins = begins & mask & (mask.long().cumsum(1) > 1)
+    begins = pad(begins[:, 1:], (1, 0))
+    if not (torch.compiler.is_compiling() or begins.is_meta) and not bool(begins.any()):
+        return None
+    return begins.long().cumsum(1)
+
+
+def _numbers(name: str, ids: Tensor, rows: int, length: int) -> Tensor:
+    if ids.shape not in ((length,), (1, length), (rows, length)):
+        raise ShapeError(f"expected {name} ({rows}, {length}) or ({length},), got {tuple(ids.shape)}.")
+    if ids.is_floating_point() or ids.is_complex():
+        raise DomainError(f"expected whole numbers in {name}, got {ids.dtype}; convert them.")
+    return ids.expand(rows, length)
+
+
+def _document_starts(numbers: Tensor, mask: Tensor | None, order: Tensor | None) -> Tensor:
+    """Return which places begin a document inside the call; padding begins none."""
+    numbers = _taken(numbers, order)
+    starts = pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
+    return starts if mask is None else starts & mask
+
+
+def _taken(x: Tensor, index: Tensor | None) -> Tensor:
+    if index is None:
+        return x
+    return x.gather(1, index.reshape(*index.shape, *(1,) * (x.ndim - 2)).expand_as(x))

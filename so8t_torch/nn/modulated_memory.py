@@ -1,0 +1,258 @@
+"""A fast-weight memory that is judged where a chunk of tokens begins: noise is forgotten faster, faint modes fade.
+
+    S = state that enters a chunk of C tokens of a document, counted from its first token; the first chunk has S = 0
+    Γ_t ↦ Γ_t (1 + e^Γ),  η_t ↦ η_t (1 + e^η)  for its tokens     (e from the signal-to-noise ratios of S; 0 for S = 0)
+    S ↦ resonance(S)                                               before the first of them
+    adaptive time steps: Γ_t ↦ Γ_t δ_t,  η_t ↦ η_t δ_t,  δ_t = softplus(affine in x_t)/softplus(bias at the start)
+
+Symbols: S (B, H, K, V); Γ decay and η strength of tokens (B, N, H); e ≥ 0 excesses (B, H). What a chunk works with
+depends on the tokens before it alone. A piece of a call may begin anywhere inside a chunk: state and excesses are
+carried, and are zero where a document begins.
+Cost: the recurrence in runs of C tokens, twice where chunks and runs do not coincide, and one judgement per run.
+Layers: so8t_torch/nn/hebbian.py, memory_selection.py, memory_resonance.py. Derivation: docs/math/hebbian.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from so8t_torch.core.precision import accumulation_dtype, without_autocast
+from so8t_torch.nn.hebbian import DissipativeHebbianLayer, Tokens
+from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
+from so8t_torch.nn.memory_selection import SNRMemoryFilter
+
+__all__ = ["Marks", "MemoryState", "ModulatedMemory", "mark"]
+
+
+class MemoryState(NamedTuple):
+    """What tokens leave for later ones; zeros at the beginning of a document.
+
+    Attributes:
+        weights: S (B, H, K, V).
+        excess: e^Γ and e^η of the chunk that is under way (B, H, 2).
+    """
+
+    weights: Tensor
+    excess: Tensor
+
+
+class Marks(NamedTuple):
+    """Where documents and chunks begin.
+
+    Attributes:
+        starts: the token is the first of a document (B, N).
+        turns: the token is the first of a chunk, and not of a document (B, N).
+        real: False where the token is padding, behind the others of its row (B, N); nothing where none is.
+        documents: number of the document of each token (B, N); nothing where none begins inside the call.
+        aligned: whether chunks begin at the first token of the call and every C tokens later, as far as they begin.
+    """
+
+    starts: Bool[Tensor, "b n"]
+    turns: Bool[Tensor, "b n"]
+    real: Bool[Tensor, "b n"] | None
+    documents: Int[Tensor, "b n"] | None
+    aligned: bool
+
+    def piece(self, places: slice) -> Marks:
+        """Return the marks of some tokens."""
+        cut = [None if part is None else part[:, places] for part in (self.real, self.documents)]
+        return Marks(self.starts[:, places], self.turns[:, places], *cut, self.aligned)
+
+    def before_turns(self) -> Marks:
+        """Return the marks with all tokens from the first turn on as padding."""
+        early = self.turns.long().cumsum(1) == 0
+        real = early if self.real is None else early & self.real
+        documents = _up_to(self.documents, ~early)
+        return Marks(self.starts & early, torch.zeros_like(early), real, documents, self.aligned)
+
+
+def mark(
+    positions: Int[Tensor, "b n"],
+    chunk: int,
+    *,
+    real: Bool[Tensor, "b n"] | None = None,
+    documents: Int[Tensor, "b n"] | None = None,
+    fresh: bool = False,
+) -> Marks:
+    """Return where documents and chunks begin.
+
+    Args:
+        positions: of each token in its document.
+        chunk: C.
+        real: False where a token is padding.
+        documents: number of each token's document, that of the token before for padding.
+        fresh: whether all rows begin with the call.
+    """
+    starts, turns = positions == 0, (positions > 0) & (positions % chunk == 0)
+    if real is not None:
+        starts, turns = starts & real, turns & real
+    aligned = positions.shape[1] == 1 or (fresh and documents is None)
+    return Marks(starts, turns, real, documents, aligned)
+
+
+class ModulatedMemory(nn.Module):
+    """A memory whose rates, strengths and modes depend on the state that enters a chunk.
+
+    Args:
+        hebbian: the memory; its rates come with every call.
+        snr: judges noise; none for rates as they are.
+        resonance: attenuates modes; none for states as they are.
+        chunk: C, a power of two.
+        adaptive_time_step: tokens have time steps of their own, equal to the memory's at the start on average.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hebbian: DissipativeHebbianLayer,
+        snr: SNRMemoryFilter | None = None,
+        resonance: MemoryResonanceLayer | None = None,
+        *,
+        chunk: int = 128,
+        adaptive_time_step: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hebbian, self.snr, self.resonance, self.chunk = hebbian, snr, resonance, chunk
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.time_step = nn.Linear(hebbian.d_model, hebbian.num_heads, **kind) if adaptive_time_step else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set time steps to one on average; the parts reset their own parameters."""
+        if self.time_step is not None:
+            nn.init.normal_(self.time_step.weight, std=0.1 * self.hebbian.d_model**-0.5)
+            nn.init.constant_(self.time_step.bias, math.log(math.expm1(1.0)))
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], gamma: Float[Tensor, "b n h"], state: MemoryState, marks: Marks
+    ) -> tuple[Float[Tensor, "b n d"], MemoryState, Tokens]:
+        """Return the mixed tokens, the state after them, and what they worked with.
+
+        Args:
+            x: activations.
+            gamma: decay rates per unit of time.
+            state: zeros at the beginning.
+            marks: of the tokens.
+        """
+        tokens = self._stepped(x, self.hebbian.tokens(x, marks.real, gamma))
+        if self.snr is None and self.resonance is None:
+            y, state = self._plain(tokens, state, marks)
+            return self.hebbian.output(y), state, tokens
+        read, used = [], []
+        for first in range(0, x.shape[1], self.chunk):
+            places = slice(first, first + self.chunk)
+            run = self._aligned_run if marks.aligned else self._broken_run
+            y, state, worked = run(Tokens(*(part[:, places] for part in tokens)), state, marks.piece(places))
+            read.append(y)
+            used.append(worked)
+        worked = Tokens(*(_joined(parts) for parts in zip(*used, strict=True)))
+        return self.hebbian.output(_joined(read)), state, worked
+
+    def judge(self, weights: Float[Tensor, "b h k v"]) -> MemoryState:
+        """Return the state that a chunk begins with instead of this one, and its excesses."""
+        excess = weights.new_zeros(*weights.shape[:2], 2)
+        with without_autocast(weights.device):
+            if self.snr is not None:
+                one = weights.new_ones(len(weights), 1, weights.shape[1])
+                found = self.snr(weights, one, one)
+                weights, excess = found.state, torch.stack([found.decay[:, 0], found.eta[:, 0]], -1) - 1.0
+            if self.resonance is not None:
+                weights, _ = self.resonance(weights)
+        return MemoryState(weights, excess)
+
+    def _plain(self, tokens: Tokens, state: MemoryState, marks: Marks) -> tuple[Tensor, MemoryState]:
+        """Run without judgements, where only beginnings of documents matter."""
+        y, weights = self._recur(tokens, state.weights, marks.documents)
+        return y, state._replace(weights=weights)
+
+    def _aligned_run(self, tokens: Tokens, state: MemoryState, marks: Marks) -> tuple[Tensor, MemoryState, Tokens]:
+        """Run the tokens of one chunk: the rows that turn do so at the first."""
+        turns = marks.turns[:, 0]
+        if _any(turns):
+            state = _chosen(turns, self.judge(state.weights), state)
+        tokens = _modulated(tokens, state.excess[:, None])
+        y, weights = self._recur(tokens, state.weights, None)
+        return y, state._replace(weights=weights), tokens
+
+    def _broken_run(self, tokens: Tokens, state: MemoryState, marks: Marks) -> tuple[Tensor, MemoryState, Tokens]:
+        """Run up to C tokens, among which each row turns once or not at all, and before any document begins."""
+        state = _chosen(marks.starts[:, 0], MemoryState(*map(torch.zeros_like, state)), state)
+        turned, begun = (part.long().cumsum(1) > 0 for part in (marks.turns, marks.starts))
+        before = _modulated(tokens, _unless(begun, state.excess))
+        y, weights = self._recur(_kept(before, ~turned), state.weights, _up_to(marks.documents, turned))
+        if _any(turned):
+            judged = self.judge(weights)
+            after = _modulated(tokens, _unless(begun, judged.excess))
+            late, later = self._recur(_kept(after, turned), judged.weights, marks.documents)
+            y = _where(turned, late, y)
+            before = Tokens(*(_where(turned, *pair) for pair in zip(after, before, strict=True)))
+            state = _chosen(turned[:, -1], judged._replace(weights=later), state._replace(weights=weights))
+        else:
+            state = state._replace(weights=weights)
+        return y, state._replace(excess=_unless(begun[:, -1], state.excess)[:, 0]), before
+
+    def _recur(self, tokens: Tokens, weights: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+        if tokens.v.shape[1] == 1:
+            return self.hebbian.recur_step(tokens, weights)
+        return self.hebbian.recur(tokens, weights, documents)
+
+    def _stepped(self, x: Tensor, tokens: Tokens) -> Tokens:
+        """Return tokens with time steps of their own."""
+        if self.time_step is None:
+            return tokens
+        with without_autocast(x.device):
+            raw = self.time_step(x.to(self.time_step.weight.dtype)).to(accumulation_dtype(x.dtype))
+        step = softplus(raw)
+        return tokens._replace(decay=tokens.decay * step, eta=tokens.eta * step)
+
+
+def _modulated(tokens: Tokens, excess: Tensor) -> Tokens:
+    """Return tokens with rates and strengths that are higher by excesses (B, 1 or N, H, 2)."""
+    factors = 1.0 + excess
+    return tokens._replace(decay=tokens.decay * factors[..., 0], eta=tokens.eta * factors[..., 1])
+
+
+def _kept(tokens: Tokens, where: Tensor) -> Tokens:
+    """Return tokens of which only some have an effect."""
+    decay, eta = (torch.where(where[..., None], part, 0.0) for part in (tokens.decay, tokens.eta))
+    return tokens._replace(decay=decay, eta=eta)
+
+
+def _unless(begun: Tensor, excess: Tensor) -> Tensor:
+    """Return excesses (B, N, H, 2) of tokens (B, N) or of a row (B,): none once another document has begun."""
+    marks = begun if begun.ndim == 2 else begun[:, None]
+    return torch.where(marks[..., None, None], 0.0, excess[:, None])
+
+
+def _up_to(documents: Tensor | None, turned: Tensor) -> Tensor | None:
+    """Return the numbers of documents, without those that begin after a turn."""
+    return None if documents is None else torch.where(turned, documents[:, :1], documents)
+
+
+def _chosen(rows: Tensor, yes: MemoryState, no: MemoryState) -> MemoryState:
+    """Return one state for some rows, and another one for the others."""
+    return MemoryState(*(_where(rows, *pair) for pair in zip(yes, no, strict=True)))
+
+
+def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(condition.reshape(*condition.shape, *(1,) * (yes.ndim - condition.ndim)), yes, no)
+
+
+def _joined(parts: Any) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def _any(marks: Tensor) -> bool:
+    """Return whether a mark is set; where values are not waited for, that it may be."""
+    if torch.compiler.is_compiling() or marks.device.type != "cpu":
+        return True
+    return bool(marks.any())
