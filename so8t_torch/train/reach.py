@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from so8t_torch.core.errors import ShapeError
 from so8t_torch.core.precision import accumulation_dtype
 
-__all__ = ["Speed", "gradient_reach", "measure_speed", "state_bytes"]
+__all__ = ["Speed", "carried_bytes", "gradient_reach", "measure_speed"]
 
 
 class Speed(NamedTuple):
@@ -86,34 +86,22 @@ def measure_speed(model: PreTrainedModel, length: int, *, decoded: int = 16, see
         found = model(input_ids=tokens[:, place : place + 1], use_cache=True, **cache)
     _wait(model)
     ended = time.perf_counter()
-    return Speed(length, length / (middle - begun), decoded / (ended - middle), state_bytes(next(iter(_cache(found).values()))))
+    (carried,) = _cache(found).values()
+    return Speed(length, length / (middle - begun), decoded / (ended - middle), carried_bytes(carried))
 
 
-def state_bytes(state: object) -> int:
-    """Return the bytes of the tensors in a cache, whichever class of transformers it is.
+def carried_bytes(cache: Cache) -> int:
+    """Return the bytes of all tensors in a cache of transformers: recurrent states, or keys and values.
 
     Args:
-        state: the cache.
+        cache: of any model.
     """
-    seen: dict[int, int] = {}
-    open_, known = [state], set()
-    while open_:
-        item = open_.pop()
-        if id(item) in known:
-            continue
-        known.add(id(item))
-        if isinstance(item, Tensor):
-            seen[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            open_ += item.values()
-        elif isinstance(item, list | tuple):
-            open_ += item
-        elif isinstance(item, Cache) or type(item).__module__.startswith(("transformers.", "so8t_torch.")):
-            open_ += vars(item).values() if hasattr(item, "__dict__") else ()
-    return sum(seen.values())
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    parts = [part for value in held for part in (value.values() if isinstance(value, dict) else (value,))]
+    return sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
 
 
-def _cache(found: object) -> dict[str, object]:
+def _cache(found: object) -> dict[str, Cache]:
     """Return what a model wants back, under its name."""
     for name in ("past_key_values", "cache_params"):
         if getattr(found, name, None) is not None:
