@@ -2,15 +2,15 @@
 
 A block is called as ``block(x, state, padding_mask=, segment_ids=, positions=, diagnostics=) -> (x, state, found)``;
 ``block.initial_state`` gives the state before the first token, zeros, ``block.state_names`` the order of its tensors,
-and ``block.token_diagnostics`` which entries of ``found`` have an axis of tokens. ``found["aux_loss"]`` is a scalar
-with gradient that is added to the loss; everything else in it is detached.
+and ``block.token_diagnostics`` which entries of ``found`` have an axis of tokens with ``"full"``.
+``found["aux_loss"]`` is a scalar with gradient that is added to the loss; everything else in it is detached.
 No module keeps a state: it goes in and out through ``past_key_values``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
+        """Initialise a module like those of the library, which asks for more than the weights a module has itself."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module that has weights which no file gave; what a file gave stays."""
@@ -83,6 +87,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
     """
 
     block_class: ClassVar[type[nn.Module]]
+    report_lists: ClassVar[dict[str, str]] = {}
+    """Diagnostics of the model that are lists over blocks, and the entry of each block that they gather."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -205,12 +211,12 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def _report(self, findings: list[dict[str, Any]], heavy: list[Tensor] | None, rows: Rows) -> dict[str, Any]:
         """Return the diagnostics of all blocks; entries that have tokens in the columns of the call."""
-        for block, found in zip(self.layers, findings, strict=True):
-            for name in getattr(block, "token_diagnostics", ()):
-                if isinstance(found.get(name), Tensor):
-                    found[name] = rows.restore(found[name])
         report: dict[str, Any] = {"blocks": findings}
+        for name, entry in self.report_lists.items():
+            report[name] = [found.get(entry) for found in findings]
         if heavy is not None:
+            for block, found in zip(self.layers, findings, strict=True):
+                _restore(found, getattr(block, "token_diagnostics", ()), rows)
             first, *between, last = (tensor.detach() for tensor in heavy)
             report["input_embeddings"] = rows.restore(first)
             report["layer_outputs"] = [rows.restore(tensor) for tensor in between]
@@ -253,6 +259,15 @@ def _sizes(
     if input_ids is not None and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
         raise DomainError(f"expected ids of an integer dtype, got {given.dtype}; convert them.")
     return (given.shape[0], given.shape[1]), given.device
+
+
+def _restore(found: dict[str, Any], names: Collection[str], rows: Rows) -> None:
+    """Put entries that have an axis of tokens back into the columns of the call, in nested parts as well."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            _restore(value, names, rows)
+        elif name in names and isinstance(value, Tensor):
+            found[name] = rows.restore(value)
 
 
 def _reads_ahead(config: PreTrainedConfig) -> bool:

@@ -1,7 +1,7 @@
 """The Phase 2 language model: blocks of a dissipative resolvent, a fast-weight memory that forgets, and a perceptron.
 
     x ← x + W₂ g(x̂),  x̂ = LN₁(x);   g the causal diagonal of the resolvent of a lossy chain, Γ its rates, and Γ^mem
-    x ← x + memory(conv(LN₂(x)), Γ^mem)        judged where a chunk of tokens begins (nn/modulated_memory.py)
+    x ← x + memory(LN₂(x), Γ^mem)          keys of LN₂(x) filtered over a few tokens; judged where a chunk begins
     x ← x + W₄ gelu(W₃ LN₃(x))
 
 Every part is causal and costs the same for every token; what a token leaves for the next is a state of fixed size.
@@ -10,7 +10,7 @@ Every part is causal and costs the same for every token; what a token leaves for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,12 @@ from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.models.body import RecurrentModel
 from so8t_torch.models.configuration import Phase2Config
 from so8t_torch.models.language_model import RecurrentForCausalLM, register
+from so8t_torch.models.phase2_report import (
+    TOKEN_DIAGNOSTICS,
+    block_report,
+    memory_findings,
+    resolvent_findings,
+)
 from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
@@ -44,6 +50,7 @@ class Phase2Block(GradientCheckpointingLayer):
         config: of the model.
     """
 
+    token_diagnostics = TOKEN_DIAGNOSTICS
     memory: ModulatedMemory | None
     conv: ShortConvolution | None
 
@@ -107,15 +114,22 @@ class Phase2Block(GradientCheckpointingLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the linear maps; the layers that have rates and gates of their own reset those themselves."""
+        """Draw the linear maps around the mixers, and let queries begin as keys where keys are those of earlier tokens.
+
+        Maps of the memory, and rates and gates, are those that their layers draw.
+        """
         rng = np.random.default_rng(int(torch.randint(2**62, (), device="cpu")))
         for linear, gain in self._linear_maps():
             if self.config.use_zeta_init:
                 ZetaInitializer.initialize_linear_zeta(linear, gain, rng=rng)
             else:
                 nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+                nn.init.zeros_(linear.bias)
+        if self.memory is not None:
+            layer = self.memory.hebbian
+            layer.out_proj.weight.mul_(self._outward)
+            if self.conv is not None:
+                layer.q_proj.weight.copy_(layer.k_proj.weight)
 
     def forward(
         self,
@@ -142,47 +156,55 @@ class Phase2Block(GradientCheckpointingLayer):
         if state is None:
             state = self.initial_state(len(x), x.device, self.bk_out.weight.dtype)
         mix = self._mix_with_feedback if self.memory is not None and self.config.feedback_enabled else self._mix
-        x, state, found = mix(x, state, marks, diagnostics)
+        x, state, found = mix(x, state, marks, diagnostics is not None)
         change = self.ffn(self.ffn_norm(x))
-        if diagnostics == "full":
-            found["ffn_output"] = change.detach()
+        if diagnostics is not None:
+            found = block_report(self.memory, found | {"ffn_output": change.detach()}, state, padding_mask, diagnostics)
         return x + self.dropout(change), state, found
 
     def _mix(
-        self, x: Tensor, state: State, marks: Marks, diagnostics: str | None = None, shift: Tensor | None = None
-    ) -> tuple[Tensor, State, dict[str, Any]]:
-        """Return tokens after both mixers."""
+        self, x: Tensor, state: State, marks: Marks, watched: bool, shift: Tensor | None = None
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """Return tokens after both mixers, the state after them, and what a watched call found of each token."""
         after = dict(state)
         chain = torch.complex(*state["chain"].unbind(-1)) if "chain" in state else None
         mixed = self.bk(self.bk_norm(x), chain, marks.documents, padding_mask=marks.real, shift=shift)
         if mixed.state is not None:
             after["chain"] = torch.stack([mixed.state.real, mixed.state.imag], -1)
         x = x + self.dropout(self.bk_out(mixed.features))
+        found = resolvent_findings(mixed, shift) if watched else {}
         if self.memory is None:
-            return x, after, {}
-        z = self.memory_norm(x)
+            return x, after, found
+        z, keyed = self.memory_norm(x), None
         if self.conv is not None:
-            z, after["conv"] = self.conv(z, state["conv"], marks.documents, padding_mask=marks.real)
-        entering = self._memory_state(state)
-        read, memory, _ = self.memory(z, mixed.potential.memory_gamma, entering, marks)
+            keyed, after["conv"] = self.conv(z, state["conv"], marks.documents, padding_mask=marks.real)
+        weights = state["memory"]
+        excess = state["excess"] if "excess" in state else weights.new_zeros(*weights.shape[:2], 2)
+        rates = mixed.potential.memory_gamma
+        entering = MemoryState(weights, excess)
+        read, memory, worked = self.memory(z, rates, entering, marks, keyed=keyed, monitored=watched)
         after["memory"] = memory.weights
         if "excess" in state:
             after["excess"] = memory.excess
-        return x + self.dropout(read), after, {}
+        if watched:
+            found |= memory_findings(rates, read, worked, self.config.hebbian_dt)
+        return x + self.dropout(read), after, found
 
     def _mix_with_feedback(
-        self, x: Tensor, state: State, marks: Marks, diagnostics: str | None = None
-    ) -> tuple[Tensor, State, dict[str, Any]]:
-        """Return tokens after both mixers, chunk by chunk: the memory shifts the potentials of later tokens."""
-        mixed, found = [], {}
+        self, x: Tensor, state: State, marks: Marks, watched: bool
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """Return the same, chunk by chunk: the memory shifts the potentials of later tokens."""
+        mixed, findings = [], []
         for first in range(0, x.shape[1], self.config.memory_chunk):
             places = slice(first, first + self.config.memory_chunk)
             piece = marks.piece(places)
             shift, last = self._shift(x[:, places], state, piece)
-            y, state, found = self._mix(x[:, places], state, piece, diagnostics, shift)
+            y, state, found = self._mix(x[:, places], state, piece, watched, shift)
             state["shift"] = last
             mixed.append(y)
-        return torch.cat(mixed, 1), state, found
+            findings.append(found)
+        whole = {name: torch.cat([found[name] for found in findings], 1) for name in findings[0]}
+        return torch.cat(mixed, 1), state, whole
 
     def _shift(self, x: Tensor, state: State, marks: Marks) -> tuple[Tensor, Tensor]:
         """Return what is added to the potentials of up to a chunk of tokens (B, 1 or N, C), and to that of the next."""
@@ -194,26 +216,22 @@ class Phase2Block(GradientCheckpointingLayer):
         turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
         before = torch.where(begun, 0.0, torch.where(marks.starts[:, :1], 0.0, state["shift"])[:, None])
         early = marks.before_turns()
-        _, middle, _ = self._mix(x, state, early, None, before)
+        _, middle, _ = self._mix(x, state, early, False, before)
         judged = self.memory.judge(middle["memory"]).weights
         after = self.memory.hebbian.potential_feedback(judged)[:, None]
         shift = torch.where(begun, 0.0, torch.where(turned, after, before))
         return shift, shift[:, -1]
 
-    def _memory_state(self, state: State) -> MemoryState:
-        weights = state["memory"]
-        return MemoryState(weights, state["excess"] if "excess" in state else weights.new_zeros(*weights.shape[:2], 2))
-
     def _linear_maps(self) -> Iterator[tuple[nn.Linear, float]]:
         """Return the linear maps with the size of what they give, beside that of what they take."""
-        outward = (2 * self.config.n_layers) ** -0.5
-        yield self.bk_out, outward
-        if self.memory is not None:
-            layer = self.memory.hebbian
-            yield from ((linear, 1.0) for linear in (layer.q_proj, layer.k_proj, layer.v_proj))
-            yield layer.out_proj, outward
+        yield self.bk_out, self._outward
         yield self.ffn[0], 1.0
-        yield self.ffn[-1], outward
+        yield self.ffn[-1], self._outward
+
+    @property
+    def _outward(self) -> float:
+        """The size of what a mixer adds, beside that of what it takes."""
+        return (2 * self.config.n_layers) ** -0.5
 
 
 def _memory(config: Phase2Config, channels: int) -> ModulatedMemory:
@@ -246,6 +264,12 @@ class Phase2Model(RecurrentModel):
 
     config_class = Phase2Config
     block_class = Phase2Block
+    report_lists: ClassVar[dict[str, str]] = {
+        "gamma_values": "gamma",
+        "snr_stats": "snr_stats",
+        "resonance_info": "resonance_info",
+        "stability_metrics": "stability",
+    }
     _no_split_modules = ("Phase2Block",)
 
 

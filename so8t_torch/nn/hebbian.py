@@ -236,22 +236,33 @@ class DissipativeHebbianLayer(nn.Module):
             slack: share by which rounding may exceed the bound.
 
         Returns:
-            ``gamma``, ``half_life`` in tokens, ``energy``, ``dissipation``, ``supply`` and ``balance_residual``
-            (B, N, H); for the rule "hebb" also ``bound`` of ‖S‖ and ``within_bound``.
+            ``gamma``, ``half_life`` in tokens, ``energy``, ``entering`` (that of the token before), ``dissipation``,
+            ``supply`` and ``balance_residual`` (B, N, H), for the rule "hebb" ``bound`` of ‖S‖ and ``within_bound``.
         """
-        _, k, v, rate, eta = self.tokens(x, padding_mask, gamma)
-        balance = hebbian.energy_balance(k, v, rate, eta, state, segment_ids, **self._options())
+        tokens = self.tokens(x, padding_mask, gamma)
+        return {
+            "gamma": tokens.decay / self.dt,
+            "half_life": math.log(2) / tokens.decay,
+            **self.books(tokens, state, segment_ids, slack),
+        }
+
+    @torch.no_grad()
+    def books(
+        self, tokens: Tokens, state: Tensor | None, segment_ids: Tensor | None, slack: float = 1e-3
+    ) -> dict[str, Tensor]:
+        """Return what ``monitor`` does but the rates, of tokens as the recurrence takes them."""
+        _, *given = tokens
+        balance = hebbian.energy_balance(*given, state, segment_ids, **self._options())
         found = {
-            "gamma": rate / self.dt,
-            "half_life": math.log(2) / rate,
             "energy": balance.energy,
+            "entering": balance.entering,
             "dissipation": balance.dissipation,
             "supply": balance.supply,
             "balance_residual": balance.residual,
         }
         if self.rule == "hebb":
             options = {name: value for name, value in self._options().items() if name != "rule"}
-            bound = hebbian.state_bound(k, v, rate, eta, state, segment_ids, **options)
+            bound = hebbian.state_bound(*given, state, segment_ids, **options)
             # rounding may leave the energy of a state that has been erased below zero
             found |= {"bound": bound, "within_bound": (2 * balance.energy).clamp(min=0).sqrt() <= (1 + slack) * bound}
         return found
@@ -275,14 +286,17 @@ class DissipativeHebbianLayer(nn.Module):
             y, last = hebbian.step(started, *(part[:, 0] for part in tokens), **self._options())
         return y[:, None], last
 
-    def tokens(self, x: Tensor, padding_mask: Tensor | None, gamma: Tensor | None) -> Tokens:
-        """Return what the recurrence takes from tokens (B, N, D), those of padding without effect."""
+    def tokens(
+        self, x: Tensor, padding_mask: Tensor | None, gamma: Tensor | None, keyed: Tensor | None = None
+    ) -> Tokens:
+        """Return what the recurrence takes from tokens (B, N, D), their keys from ``keyed`` where it is given."""
         self._check(x, padding_mask, gamma)
+        keyed = x if keyed is None else keyed
         if padding_mask is not None:
-            x = torch.where(padding_mask[..., None], x, 0.0)
+            x, keyed = (torch.where(padding_mask[..., None], part, 0.0) for part in (x, keyed))
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(part).unflatten(-1, (self.num_heads, self.head_dim))
+            for projection, part in ((self.q_proj, x), (self.k_proj, keyed), (self.v_proj, x))
         )
         kind = accumulation_dtype(x.dtype)
         if gamma is None:

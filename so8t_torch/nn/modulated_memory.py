@@ -42,6 +42,10 @@ class MemoryState(NamedTuple):
     excess: Tensor
 
 
+_Run = tuple[dict[str, Tensor], MemoryState]
+"""What tokens read and worked with, and the state after them."""
+
+
 class Marks(NamedTuple):
     """Where documents and chunks begin.
 
@@ -133,8 +137,15 @@ class ModulatedMemory(nn.Module):
             nn.init.constant_(self.time_step.bias, math.log(math.expm1(1.0)))
 
     def forward(
-        self, x: Float[Tensor, "b n d"], gamma: Float[Tensor, "b n h"], state: MemoryState, marks: Marks
-    ) -> tuple[Float[Tensor, "b n d"], MemoryState, Tokens]:
+        self,
+        x: Float[Tensor, "b n d"],
+        gamma: Float[Tensor, "b n h"],
+        state: MemoryState,
+        marks: Marks,
+        *,
+        keyed: Float[Tensor, "b n d"] | None = None,
+        monitored: bool = False,
+    ) -> tuple[Float[Tensor, "b n d"], MemoryState, dict[str, Tensor]]:
         """Return the mixed tokens, the state after them, and what they worked with.
 
         Args:
@@ -142,20 +153,24 @@ class ModulatedMemory(nn.Module):
             gamma: decay rates per unit of time.
             state: zeros at the beginning.
             marks: of the tokens.
+            keyed: what keys are made of; x without.
+            monitored: whether the last part of what is returned has the books of the memory as well.
+
+        Returns:
+            Tokens; state; and detached (B, N, H): ``decay`` and ``eta`` as they acted, and, with ``monitored``,
+            ``energy``, ``entering``, ``dissipation``, ``supply``, and ``bound`` of ‖S‖ for the rule "hebb".
         """
-        tokens = self._stepped(x, self.hebbian.tokens(x, marks.real, gamma))
-        if self.snr is None and self.resonance is None:
-            y, state = self._plain(tokens, state, marks)
-            return self.hebbian.output(y), state, tokens
-        read, used = [], []
-        for first in range(0, x.shape[1], self.chunk):
-            places = slice(first, first + self.chunk)
-            run = self._aligned_run if marks.aligned else self._broken_run
-            y, state, worked = run(Tokens(*(part[:, places] for part in tokens)), state, marks.piece(places))
-            read.append(y)
-            used.append(worked)
-        worked = Tokens(*(_joined(parts) for parts in zip(*used, strict=True)))
-        return self.hebbian.output(_joined(read)), state, worked
+        tokens = self._stepped(x, self.hebbian.tokens(x, marks.real, gamma, keyed))
+        judges = self.snr is not None or self.resonance is not None
+        length, found = x.shape[1], []
+        for first in range(0, length, self.chunk if judges else length):
+            places = slice(first, first + self.chunk if judges else length)
+            run = (self._aligned_run if marks.aligned else self._broken_run) if judges else self._plain_run
+            part = Tokens(*(part[:, places] for part in tokens))
+            worked, state = run(part, state, marks.piece(places), monitored)
+            found.append(worked)
+        worked = {name: _joined([part[name] for part in found]) for name in found[0]}
+        return self.hebbian.output(worked.pop("read")), state, worked
 
     def judge(self, weights: Float[Tensor, "b h k v"]) -> MemoryState:
         """Return the state that a chunk begins with instead of this one, and its excesses."""
@@ -169,41 +184,48 @@ class ModulatedMemory(nn.Module):
                 weights, _ = self.resonance(weights)
         return MemoryState(weights, excess)
 
-    def _plain(self, tokens: Tokens, state: MemoryState, marks: Marks) -> tuple[Tensor, MemoryState]:
+    def _plain_run(self, tokens: Tokens, state: MemoryState, marks: Marks, monitored: bool) -> _Run:
         """Run without judgements, where only beginnings of documents matter."""
-        y, weights = self._recur(tokens, state.weights, marks.documents)
-        return y, state._replace(weights=weights)
+        weights = _where(marks.starts[:, 0], torch.zeros_like(state.weights), state.weights)
+        worked, weights = self._recur(tokens, weights, marks.documents, monitored)
+        return worked, state._replace(weights=weights)
 
-    def _aligned_run(self, tokens: Tokens, state: MemoryState, marks: Marks) -> tuple[Tensor, MemoryState, Tokens]:
+    def _aligned_run(self, tokens: Tokens, state: MemoryState, marks: Marks, monitored: bool) -> _Run:
         """Run the tokens of one chunk: the rows that turn do so at the first."""
         turns = marks.turns[:, 0]
         if _any(turns):
             state = _chosen(turns, self.judge(state.weights), state)
-        tokens = _modulated(tokens, state.excess[:, None])
-        y, weights = self._recur(tokens, state.weights, None)
-        return y, state._replace(weights=weights), tokens
+        worked, weights = self._recur(_modulated(tokens, state.excess[:, None]), state.weights, None, monitored)
+        return worked, state._replace(weights=weights)
 
-    def _broken_run(self, tokens: Tokens, state: MemoryState, marks: Marks) -> tuple[Tensor, MemoryState, Tokens]:
+    def _broken_run(self, tokens: Tokens, state: MemoryState, marks: Marks, monitored: bool) -> _Run:
         """Run up to C tokens, among which each row turns once or not at all, and before any document begins."""
         state = _chosen(marks.starts[:, 0], MemoryState(*map(torch.zeros_like, state)), state)
         turned, begun = (part.long().cumsum(1) > 0 for part in (marks.turns, marks.starts))
-        before = _modulated(tokens, _unless(begun, state.excess))
-        y, weights = self._recur(_kept(before, ~turned), state.weights, _up_to(marks.documents, turned))
+        early = _kept(_modulated(tokens, _unless(begun, state.excess)), ~turned)
+        worked, weights = self._recur(early, state.weights, _up_to(marks.documents, turned), monitored)
         if _any(turned):
             judged = self.judge(weights)
-            after = _modulated(tokens, _unless(begun, judged.excess))
-            late, later = self._recur(_kept(after, turned), judged.weights, marks.documents)
-            y = _where(turned, late, y)
-            before = Tokens(*(_where(turned, *pair) for pair in zip(after, before, strict=True)))
+            late = _kept(_modulated(tokens, _unless(begun, judged.excess)), turned)
+            after, later = self._recur(late, judged.weights, marks.documents, monitored)
+            worked = {name: _where(turned, after[name], part) for name, part in worked.items()}
             state = _chosen(turned[:, -1], judged._replace(weights=later), state._replace(weights=weights))
         else:
             state = state._replace(weights=weights)
-        return y, state._replace(excess=_unless(begun[:, -1], state.excess)[:, 0]), before
+        return worked, state._replace(excess=_unless(begun[:, -1], state.excess)[:, 0])
 
-    def _recur(self, tokens: Tokens, weights: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _recur(
+        self, tokens: Tokens, weights: Tensor, documents: Tensor | None, monitored: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what tokens read and worked with, and the state after them."""
+        worked = {"decay": tokens.decay.detach(), "eta": tokens.eta.detach()}
+        if monitored:
+            worked |= self.hebbian.books(tokens, weights, documents)
         if tokens.v.shape[1] == 1:
-            return self.hebbian.recur_step(tokens, weights)
-        return self.hebbian.recur(tokens, weights, documents)
+            worked["read"], weights = self.hebbian.recur_step(tokens, weights)
+        else:
+            worked["read"], weights = self.hebbian.recur(tokens, weights, documents)
+        return worked, weights
 
     def _stepped(self, x: Tensor, tokens: Tokens) -> Tokens:
         """Return tokens with time steps of their own."""

@@ -1,6 +1,8 @@
-"""A causal filter of a few taps for each channel, before a memory that writes keys beside the values that follow them.
+"""A causal filter of a few taps for each channel: what the keys of a memory are made of.
 
-    y_t = Σ_j taps_j ⊙ x_{t−j},   j = 0 … K − 1;    the identity at the start, as far as small numbers let it
+    y_t = Σ_j taps_j ⊙ x_{t−j},   j = 0 … K − 1;    y_t ≈ x_{t−1} at the start
+
+A value is then written under the token before it, and a query like that token reads it.
 
 Symbols: x activations (B, N, D); taps (K, D). Nothing crosses from one document to another, and the last K − 1 inputs
 are the state. Operation: so8t_torch/ops/semiseparable.
@@ -41,10 +43,10 @@ class ShortConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the first tap to one, and draw the others from N(0, 0.02²)."""
+        """Set the tap of the token before (of the token itself, if that is all) to 1, and others to N(0, 0.02²)."""
         nn.init.normal_(self.taps, std=0.02)
         with torch.no_grad():
-            self.taps[0].fill_(1.0)
+            self.taps[min(1, len(self.taps) - 1)].fill_(1.0)
 
     def forward(
         self,

@@ -204,7 +204,7 @@ def test_under_autocast_rates_and_strengths_are_not_rounded(kind):
     x = drawn(1, 40, WIDTH, dtype=torch.float32).to(kind)
     wide = x.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rate, strength = module._tokens(x, None, None)[3:]
+        rate, strength = module.tokens(x, None, None)[3:]
     logits = (wide @ p.weight.T + p.bias for p in (module.gamma_proj, module.eta_proj))
     gamma, gate = torch.log1p(next(logits).exp()), torch.sigmoid(next(logits))
     assert rate.dtype == strength.dtype == torch.float32
