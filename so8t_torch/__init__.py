@@ -36,6 +36,23 @@ _EXPORTS = {
     "apply_zeta_initialization": "so8t_torch.nn.zeta_initialization",
     "get_zeta_statistics": "so8t_torch.nn.zeta_initialization",
     "HamiltonianBlock": "so8t_torch.nn.hamiltonian",
+    "Phase1Config": "so8t_torch.models.configuration",
+    "Phase1ForCausalLM": "so8t_torch.models.phase1",
+    "Phase1Model": "so8t_torch.models.phase1",
+    "Phase2Config": "so8t_torch.models.configuration",
+    "Phase2ForCausalLM": "so8t_torch.models.phase2",
+    "Phase2IntegratedModel": "so8t_torch.models.phase2",
+    "Phase2Model": "so8t_torch.models.phase2",
+    "create_phase1_model": "so8t_torch.models.factory",
+    "create_phase2_model": "so8t_torch.models.factory",
+    "convert_phase1_to_phase2": "so8t_torch.models.conversion",
+    "estimate_memory": "so8t_torch.models.memory",
+    "for_hardware": "so8t_torch.models.presets",
+    "get_preset": "so8t_torch.models.presets",
+    "get_phase2_preset": "so8t_torch.models.presets",
+    "list_presets": "so8t_torch.models.presets",
+    "list_phase2_presets": "so8t_torch.models.presets",
+    "print_preset_comparison": "so8t_torch.models.presets",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -230,8 +230,11 @@ class Phase2Block(GradientCheckpointingLayer):
 
     @property
     def _outward(self) -> float:
-        """The size of what a mixer adds, beside that of what it takes."""
-        return (2 * self.config.n_layers) ** -0.5
+        """The size of what a part adds to the stream at the start: all parts together what a token's own row has.
+
+        Rows that drown in it could not be told apart by the keys of the memory.
+        """
+        return self.config.initializer_range * (2 * self.config.n_layers) ** -0.5
 
 
 def _memory(config: Phase2Config, channels: int) -> ModulatedMemory:

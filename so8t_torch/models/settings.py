@@ -174,11 +174,14 @@ class RecurrentConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Give unknown keys and wrong values one error, and the rest to transformers."""
-        unknown = [key for key in kwargs if not self._takes(key)]
+        problems = [self._unknown(key) for key in kwargs if not self._takes(key)]
         for key, name in self.attribute_map.items():
             if key in kwargs:
-                setattr(self, name, kwargs.pop(key))
-        self._refuse([*(self._unknown(key) for key in unknown), *self._violations()])
+                value, default = kwargs.pop(key), type(self).__dataclass_fields__[name].default
+                if getattr(self, name) not in (default, value):
+                    problems.append(f"{key} is {name}, got {value!r} and {getattr(self, name)!r}; give one of them")
+                setattr(self, name, value)
+        self._refuse(problems + self._violations())
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -23,9 +23,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
-from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
+from so8t_torch.core.errors import ConfigError
 from so8t_torch.core.precision import accumulation_dtype, autocast_dtype
-from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
+from so8t_torch.nn.semiseparable_arguments import check_choices, check_input, check_sizes
+from so8t_torch.nn.semiseparable_rotation import Rotation, folded
 from so8t_torch.ops import rank_gate, semiseparable
 
 __all__ = ["AdaptiveRankSemiseparableLayer", "State"]
@@ -44,7 +45,7 @@ class State(NamedTuple):
     """What the tokens so far leave for the next ones.
 
     Attributes:
-        mixer: S (B, R, D), or k (B, R) of the core ``compat``.
+        mixer: S (B, R, D), or k (B, R) of the core ``compat``; real and then imaginary parts of a rotating layer.
         band: the last K − 1 inputs (B, K − 1, D).
     """
 
@@ -67,6 +68,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         decays: half-lives that spread evenly in their logarithm from 2 to 4,096 tokens at the start, or are all 64, or
             no decay.
         adaptive_time_step: Δ depends on token and channel; 1 on average at the start.
+        rotating: rates are complex, λ − iω: states turn by ωΔ in a step while they decay, and have twice the numbers.
         band_width: K, taps of the band.
         hard: gates are exactly 0 or 1 in mode ``"gumbel"``; by default in evaluation only, ``False`` for never.
         chunk: tokens that are taken together, a power of two.
@@ -80,6 +82,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
     gate: nn.Sequential | None
     value_proj: nn.Linear | None
     time_step: nn.Linear | None
+    rotation: Rotation | None
     log_rates: nn.Parameter | None
 
     def __init__(
@@ -93,6 +96,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         core: Core = "operator",
         decays: Decays = "multi_scale",
         adaptive_time_step: bool = False,
+        rotating: bool = False,
         band_width: int = 3,
         hard: bool | None = None,
         chunk: int = 32,
@@ -101,8 +105,11 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
     ) -> None:
         super().__init__()
         hidden = max(d_model // 4, min_rank) if gate_hidden_dim is None else gate_hidden_dim
-        _check(d_model, max_rank, min_rank, hidden, band_width, l1_regularization, chunk)
-        _check_choices(core, decays, adaptive_time_step)
+        check_sizes(d_model, max_rank, min_rank, hidden, band_width, l1_regularization, chunk)
+        check_choices(
+            {"core": (core, get_args(Core)), "decays": (decays, get_args(Decays))},
+            {"adaptive_time_step": adaptive_time_step, "rotating": rotating},
+        )
         self.d_model, self.max_rank, self.min_rank, self.active_rank = d_model, max_rank, min_rank, max_rank
         self.l1_regularization, self.core, self.decays, self.chunk, self.hard = (
             l1_regularization,
@@ -117,7 +124,8 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         if min_rank < max_rank:
             layers = nn.Linear(d_model, hidden, **kind), nn.ReLU(), nn.Linear(hidden, max_rank, **kind)
             self.gate = nn.Sequential(*layers)
-        self.u_proj, self.v_proj = (nn.Linear(d_model, max_rank, bias=False, **kind) for _ in range(2))
+        numbers = 2 * max_rank if rotating else max_rank
+        self.u_proj, self.v_proj = (nn.Linear(d_model, numbers, bias=False, **kind) for _ in range(2))
         self.taps = nn.Parameter(torch.empty(band_width, d_model, **kind))
         operates = core == "operator"
         self.value_proj = nn.Linear(d_model, d_model, bias=False, **kind) if operates else None
@@ -125,6 +133,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         rates = None if decays == "none" else nn.Parameter(torch.empty(max_rank, **kind))
         self.register_parameter("log_rates", rates)
         self.time_step = nn.Linear(d_model, max_rank, **kind) if adaptive_time_step else None
+        self.rotation = Rotation(max_rank, **kind) if rotating else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,6 +151,9 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
                 ends = HALF_LIVES if self.decays == "multi_scale" else (UNIFORM_HALF_LIFE, UNIFORM_HALF_LIFE)
                 logs = torch.linspace(math.log(ends[0]), math.log(ends[1]), self.max_rank, dtype=torch.float64)
                 self.log_rates.copy_(math.log(math.log(2.0)) - logs)
+                if self.rotation is not None:
+                    # a quarter of a turn in a half-life
+                    self.rotation.frequencies.copy_(0.5 * math.pi * torch.exp(-logs))
 
     def set_gate_mode(self, mode: str, gumbel_temperature: float = 1.0) -> None:
         """Choose the gate.
@@ -238,29 +250,40 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             DomainError: x is not real.
             ConfigError: the state is none of this layer's.
         """
-        self._check_input(x, state, segment_ids, padding_mask)
+        check_input(x, segment_ids, padding_mask, self.d_model)
+        if state is not None and not isinstance(state, State):
+            raise ConfigError(
+                f"AdaptiveRankSemiseparableLayer: expected a State of mixer and band, got {type(state).__name__}; give "
+                "back diagnostics['state'] of the call before."
+            )
         entering = self.initial_state(x) if state is None else state
         if padding_mask is not None:
             x = torch.where(padding_mask[..., None], x, 0.0)
         gates = self._gates(x, generator)
-        decay, share = self._decay(x)
+        step = self._time_step(x, padding_mask)
+        decay, share = self._decay(step)
         if padding_mask is not None:
-            gates, decay = (torch.where(padding_mask[..., None], *z) for z in ((gates, 0.0), (decay, 1.0)))
-        u = self.u_proj(x) * gates * share
-        v = self.v_proj(x) * gates
+            gates = torch.where(padding_mask[..., None], gates, 0.0)
+        u, v, turned = self.u_proj(x), self.v_proj(x), None
+        if self.rotation is not None:
+            u, v, turned = self.rotation(u, v, step)
+            gates, decay, share = (torch.cat([part, part], -1) for part in (gates, decay, share))
+        u, v = u * gates * share, v * gates
         if self.value_proj is None:
             mixed, mixer = semiseparable.compat(u, v, decay, entering.mixer, segment_ids)
+            mixed = mixed if turned is None else folded(mixed)
         else:
             values = self.value_proj(x)
             u, v = u.to(values.dtype), v.to(values.dtype)
             mixed, mixer = semiseparable.operator(values, u, v, decay, entering.mixer, segment_ids, chunk=self.chunk)
+        mixer = mixer if turned is None else turned(mixer)
         local, band = self._banded(x, entering.band, segment_ids, padding_mask)
         weighted = self.output_proj(mixed.to(self.output_proj.weight.dtype))
         diagnostics = {
             "state": State(mixer, band),
-            "gates": gates,
-            "effective_rank": _mean(rank_gate.effective_rank(gates.detach()), padding_mask),
-            "gate_l1_loss": self.l1_regularization * _mean(rank_gate.l1(gates), padding_mask),
+            "gates": gates[..., : self.max_rank],
+            "effective_rank": _mean(rank_gate.effective_rank(gates[..., : self.max_rank].detach()), padding_mask),
+            "gate_l1_loss": self.l1_regularization * _mean(rank_gate.l1(gates[..., : self.max_rank]), padding_mask),
             "t_component": local,
             "uv_component": weighted,
         }
@@ -269,7 +292,8 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
     def initial_state(self, x: Float[Tensor, "b t d"]) -> State:
         """Return the state before the first token: zeros in the dtype that states are carried in."""
         kind = accumulation_dtype(x.dtype)
-        shape = (len(x), self.max_rank) if self.value_proj is None else (len(x), self.max_rank, self.d_model)
+        numbers = self.u_proj.out_features
+        shape = (len(x), numbers) if self.value_proj is None else (len(x), numbers, self.d_model)
         return State(x.new_zeros(shape, dtype=kind), x.new_zeros(len(x), len(self.taps) - 1, self.d_model, dtype=kind))
 
     def aux_loss(self, diagnostics: dict[str, Any]) -> Float[Tensor, ""]:
@@ -296,14 +320,19 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             active_rank=self.active_rank,
         )
 
-    def _decay(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return α, and the share 1 − α of what is written that enters the state."""
+    def _time_step(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Return Δ, 0 where a token is padding; it broadcasts to (B, T, R)."""
         kind = accumulation_dtype(x.dtype)
-        if self.log_rates is None:
-            return x.new_ones(self.max_rank, dtype=kind), 1.0
-        steps = self.log_rates.to(kind).exp()
+        step = x.new_ones(1, 1, 1, dtype=kind)
         if self.time_step is not None:
-            steps = steps * softplus(self.time_step(x).to(kind))
+            step = softplus(self.time_step(x).to(kind))
+        return step if padding_mask is None else torch.where(padding_mask[..., None], step, 0.0)
+
+    def _decay(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return α, and the share 1 − α of what is written that enters the state, both broadcasting to (B, T, R)."""
+        if self.log_rates is None:
+            return (step.new_ones(self.max_rank),) * 2
+        steps = self.log_rates.to(step.dtype).exp() * step
         return torch.exp(-steps), -torch.expm1(-steps)
 
     def _banded(
@@ -326,33 +355,6 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
         last = torch.where((numbers[:, length:] == runs[:, -1:])[..., None], last, 0.0)
         return y.to(x.dtype), last.to(entering.dtype)
 
-    def _check_input(
-        self, x: Tensor, state: State | None, segment_ids: Tensor | None, padding_mask: Tensor | None
-    ) -> None:
-        """Raise unless x is real (B, T, D) with a token, and the others may stand beside it."""
-        expect_tensors("AdaptiveRankSemiseparableLayer", x=x)
-        expect_tensors_or_none("AdaptiveRankSemiseparableLayer", segment_ids=segment_ids, padding_mask=padding_mask)
-        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.d_model:
-            raise ShapeError(
-                f"AdaptiveRankSemiseparableLayer: expected activations (B, T, {self.d_model}) with at least one token, "
-                f"got {tuple(x.shape)}."
-            )
-        if not x.is_floating_point():
-            raise DomainError(
-                f"AdaptiveRankSemiseparableLayer: expected real activations, got {x.dtype}; give the real part, or "
-                "real and imaginary parts as channels."
-            )
-        if state is not None and not isinstance(state, State):
-            raise ConfigError(
-                f"AdaptiveRankSemiseparableLayer: expected a State of mixer and band, got {type(state).__name__}; give "
-                "back diagnostics['state'] of the call before."
-            )
-        if padding_mask is not None and (padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool):
-            raise ShapeError(
-                f"AdaptiveRankSemiseparableLayer: expected a boolean padding_mask {tuple(x.shape[:2])}, True where a "
-                f"token counts, got {padding_mask.dtype} {tuple(padding_mask.shape)}."
-            )
-
     def extra_repr(self) -> str:
         """Return the options."""
         return (
@@ -367,31 +369,3 @@ def _mean(rows: Tensor, padding_mask: Tensor | None) -> Tensor:
         return rows.sum() / max(len(rows), 1)
     count = padding_mask.sum(dtype=accumulation_dtype(rows.dtype)).clamp(min=1)
     return (rows.sum() * padding_mask.shape[1] / count).to(rows.dtype)
-
-
-def _check(d_model: int, max_rank: int, min_rank: int, hidden: int, band_width: int, l1: float, chunk: int) -> None:
-    """Raise unless the sizes are positive, the ranks in order and the chunk a power of two."""
-    if min(d_model, hidden, band_width) < 1:
-        raise ConfigError(
-            "AdaptiveRankSemiseparableLayer: expected d_model, gate_hidden_dim and band_width of at least 1, "
-            f"got {d_model}, {hidden} and {band_width}."
-        )
-    if not 1 <= min_rank <= max_rank:
-        raise ConfigError(
-            f"AdaptiveRankSemiseparableLayer: expected 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}."
-        )
-    if not 0.0 <= l1 < math.inf:
-        raise ConfigError(f"AdaptiveRankSemiseparableLayer: expected l1_regularization ≥ 0, got {l1!r}.")
-    if chunk < 1 or chunk & (chunk - 1):
-        raise ConfigError(f"AdaptiveRankSemiseparableLayer: expected a chunk that is a power of two, got {chunk!r}.")
-
-
-def _check_choices(core: str, decays: str, adaptive_time_step: bool) -> None:
-    """Raise unless core and decays are among the choices and fit together."""
-    for name, value, choices in (("core", core, get_args(Core)), ("decays", decays, get_args(Decays))):
-        if value not in choices:
-            raise ConfigError(
-                f"AdaptiveRankSemiseparableLayer: expected {name} out of {', '.join(choices)}, got {value!r}."
-            )
-    if adaptive_time_step and decays == "none":
-        raise ConfigError("AdaptiveRankSemiseparableLayer: a time step without decays does nothing; choose decays.")

@@ -17,6 +17,8 @@ OPTIONS = [
     {"decays": "none", "core": "compat"},
     {"decays": "uniform", "band_width": 1},
     {"min_rank": 5},
+    {"rotating": True, "adaptive_time_step": True},
+    {"rotating": True, "core": "compat", "decays": "uniform"},
 ]
 
 
@@ -36,16 +38,22 @@ def dense(module, x):
     if module.log_rates is not None:
         rates = torch.exp(module.log_rates)
         steps = torch.nn.functional.softplus(module.time_step(x)) * rates if module.time_step else steps + rates
-    u, v = (x @ projection.weight.T * gates for projection in (module.u_proj, module.v_proj))
-    u = u * (1 - torch.exp(-steps)) if module.log_rates is not None else u
+    u, v = (x @ projection.weight.T for projection in (module.u_proj, module.v_proj))
+    if module.rotation is not None:
+        steps = torch.complex(steps, -module.rotation.frequencies * steps / torch.exp(module.log_rates))
+        u, v = (torch.complex(*z.chunk(2, -1)) for z in (u, v))
+    u, v = u * gates, v * gates
+    u = u * (1 - torch.exp(-steps.real)) if module.log_rates is not None else u
     rows = []
     for t in range(len(x)):
         y = sum(module.taps[j] * x[t - j] for j in range(len(module.taps)) if t >= j)
         survived = [torch.exp(-steps[s + 1 : t + 1].sum(0)) for s in range(t + 1)]
         if module.core == "operator":
-            mixed = sum((v[t] * w * u[s]).sum() * (module.value_proj.weight @ x[s]) for s, w in enumerate(survived))
+            mixed = sum(
+                (v[t] * w * u[s]).sum().real * (module.value_proj.weight @ x[s]) for s, w in enumerate(survived)
+            )
         else:
-            mixed = v[t] * sum(w * u[s] for s, w in enumerate(survived))
+            mixed = (v[t] * sum(w * u[s] for s, w in enumerate(survived))).real
         rows.append(y + module.output_proj(mixed))
     return torch.stack(rows)
 

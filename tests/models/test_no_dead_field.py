@@ -1,0 +1,149 @@
+"""Every field of a configuration changes something that can be seen: weights, outputs, memory, or an error."""
+
+import functools
+
+import pytest
+import torch
+
+from so8t_torch.core.errors import BackendError
+from so8t_torch.models.configuration import Phase1Config, Phase2Config
+from so8t_torch.models.factory import create_phase1_model, create_phase2_model
+from so8t_torch.models.memory import kept_bytes
+
+SIZES = {"vocab_size": 36, "d_model": 16, "n_layers": 2, "n_seq": 16, "dropout": 0.0, "htt_rank": 4}
+TRAIN_OF_3 = {"d_model": 8}
+PHASE_1 = {**SIZES, "ar_ssm_max_rank": 6, "ar_ssm_min_rank": 2}
+PHASE_2 = {**SIZES, "num_heads": 2, "head_dim": 4, "memory_chunk": 4}
+OF_BOTH = {
+    "vocab_size": (37, {}),
+    "d_model": (32, {}),
+    "n_layers": (3, {}),
+    "n_seq": (8, {"position_embedding": "zeta", "zeta_embedding_trainable": True}),
+    "ffn_dim": (24, {}),
+    "dropout": (0.5, {}),
+    "layer_norm_eps": (0.1, {}),
+    "zeta_embedding_trainable": (True, {"position_embedding": "zeta"}),
+    "initializer_range": (0.1, {}),
+    "use_cache": (False, {}),
+    "bos_token_id": (1, {}),
+    "eos_token_id": (2, {}),
+    "pad_token_id": (4, {}),
+}
+OF_PHASE_1 = OF_BOTH | {
+    "position_embedding": ("zeta", {}),
+    "tie_word_embeddings": (False, {}),
+    "htt_rank": (3, {}),
+    "htt_num_cores": (3, TRAIN_OF_3),
+    "htt_phase_encoding": (False, {}),
+    "backend": ("triton", {}),
+    "ar_ssm_max_rank": (8, {}),
+    "ar_ssm_min_rank": (3, {}),
+    "ar_ssm_gate_hidden_dim": (7, {}),
+    "ar_ssm_l1_regularization": (0.5, {}),
+    "ar_ssm_core": ("compat", {}),
+    "ar_ssm_decays": ("uniform", {}),
+    "ar_ssm_adaptive_time_step": (True, {}),
+    "ar_ssm_complex": (True, {}),
+    "ar_ssm_band_width": (2, {}),
+    "ar_ssm_gate_mode": ("ste", {}),
+    "ar_ssm_gumbel_temperature": (0.3, {"ar_ssm_gate_mode": "gumbel"}),
+    "checkpoint_ar_ssm": (True, {}),
+    "htt_enabled": (False, {}),
+    "htt_complex": (True, {"tie_word_embeddings": False}),
+    "ffn_rank": (5, {}),
+    "ffn_compression_enabled": (False, {}),
+    "lns_enabled": (True, {}),
+}
+OF_PHASE_2 = OF_BOTH | {
+    "position_embedding": ("none", {}),
+    "tie_word_embeddings": (True, {}),
+    "htt_rank": (3, {"embedding": "tt"}),
+    "htt_num_cores": (3, {"embedding": "tt", **TRAIN_OF_3}),
+    "htt_phase_encoding": (False, {"embedding": "tt"}),
+    "backend": ("triton", {}),
+    "embedding": ("complex_tt", {}),
+    "num_heads": (4, {}),
+    "head_dim": (8, {}),
+    "bk_channels": (3, {}),
+    "bk_mode": ("full", {"is_encoder": True}),
+    "bk_hermitian": (False, {}),
+    "bk_adaptive_hopping": (True, {}),
+    "is_encoder": (True, {}),
+    "base_decay": (0.04, {"adaptive_decay": True}),
+    "adaptive_decay": (False, {}),
+    "hebbian_enabled": (False, {}),
+    "hebbian_eta": (0.7, {}),
+    "hebbian_eta_mode": ("token", {}),
+    "hebbian_rule": ("delta", {}),
+    "hebbian_dt": (0.5, {}),
+    "adaptive_time_step": (True, {}),
+    "short_conv": (2, {}),
+    "memory_chunk": (8, {}),
+    "snr_enabled": (False, {}),
+    "snr_threshold": (0.5, {}),
+    "snr_gamma_boost": (3.0, {}),
+    "snr_eta_boost": (3.0, {}),
+    "resonance_enabled": (False, {}),
+    "resonance_energy_threshold": (0.9, {}),
+    "feedback_enabled": (True, {}),
+    "use_zeta_init": (False, {}),
+}
+
+
+@functools.cache
+def seen(create, *fields):
+    """Return all that there is to be seen of a model: numbers, and words where there are none."""
+    try:
+        return _seen(create(**dict(fields), seed=0))
+    except BackendError as refused:
+        return {"refused": str(refused)}
+
+
+def _seen(model):
+    ids = torch.arange(24).reshape(2, 12) % 36
+    found = {f"weight {name}": tensor for name, tensor in model.state_dict().items()}
+    language = model.can_generate()
+    with torch.no_grad():
+        model.eval()
+        output = model(ids)
+        found["output"] = output.logits if language else output.last_hidden_state
+        found["cache"] = output.past_key_values is not None
+    model.train()
+    torch.manual_seed(1)
+    given = {"labels": ids} if language else {}
+    output = model(ids, **given)
+    found["trained"] = output.loss if language else output.last_hidden_state
+    found["kept"] = kept_bytes(model, lambda: model(ids, **given))
+    found["trained numbers"] = sum(p.numel() for p in model.parameters())
+    if language:
+        found["ids"] = [getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    return found
+
+
+def differ(one, two):
+    if one.keys() != two.keys():
+        return True
+    pairs = [(value, two[name]) for name, value in one.items()]
+    return any(not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("create", "sizes", "name", "value", "beside"),
+    [
+        *((create_phase1_model, PHASE_1, name, *change) for name, change in OF_PHASE_1.items()),
+        *((create_phase2_model, PHASE_2, name, *change) for name, change in OF_PHASE_2.items()),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_field_makes_a_difference(create, sizes, name, value, beside):
+    assert differ(seen(create, *(sizes | beside).items()), seen(create, *(sizes | beside | {name: value}).items()))
+
+
+@pytest.mark.parametrize(("create", "sizes"), [(create_phase1_model, PHASE_1), (create_phase2_model, PHASE_2)])
+def test_the_same_fields_make_none(create, sizes):
+    assert not differ(seen(create, *sizes.items()), seen.__wrapped__(create, *sizes.items()))
+
+
+@pytest.mark.parametrize(("kind", "changes"), [(Phase1Config, OF_PHASE_1), (Phase2Config, OF_PHASE_2)])
+def test_no_field_is_left_out(kind, changes):
+    assert set(kind.settings()) == set(changes)
