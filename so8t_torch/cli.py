@@ -231,6 +231,30 @@ def triage(
     Console().print(evaluate_run(run, data=data).table())
 
 
+@app.command(
+    epilog="Examples: [bold]so8t generate runs/phase2_stdlib --prompt 'def '[/bold] · "
+    "[bold]so8t generate RUN --temperature 0 --tokens 1000[/bold]"
+)
+def generate(
+    run: Annotated[Path, typer.Argument(help="Run folder of a model that was trained whole, or a model's folder.")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Of the draws; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold so much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Write text as it is generated, then say how fast, and how many bytes of state it took."""
+    from so8t_torch.models.streaming import Drawing, Writing, load
+
+    drawing = Drawing(tokens, temperature, top_k, top_p, seed)
+    writing = Writing(*load(run), prompt, drawing)
+    for piece in writing:
+        typer.echo(piece, nl=False)
+    typer.echo()
+    Console(stderr=True).print(writing.summary(), markup=False, highlight=False, soft_wrap=True)
+
+
 Saved = Annotated[Path, typer.Argument(help="A file of saved logits, a folder of them, or a run folder.")]
 Plot = Annotated[Path | None, typer.Option(help="PNG to write: entropy, tokens most often predicted, calibration.")]
 Spelling = Annotated[Path | None, typer.Option(help="Folder with the tokenizer that spells the tokens.")]

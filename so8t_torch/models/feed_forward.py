@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
         rank: r; ``None`` for dense maps.
         sign_log: whether the maps are computed in sign–log numbers.
         backend: of sign–log maps.
-        branches: branches of the residual stream that add up; the last map starts smaller by the root of it.
+        outward: size of what the last map gives at the start, beside that of what it takes.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class FeedForward(nn.Module):
         rank: int | None = None,
         sign_log: bool = False,
         backend: str = "auto",
-        branches: int = 1,
+        outward: float = 1.0,
     ) -> None:
         super().__init__()
-        self.branches = branches
+        self.outward = outward
 
         def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
             return LNSLinear(inputs, outputs, bias, backend=backend) if sign_log else nn.Linear(inputs, outputs, bias)
@@ -54,11 +54,11 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights from N(0, 1/inputs), the last map smaller, and put biases to zero."""
+        """Draw weights from N(0, 1/inputs), those of the last map times ``outward``, and put biases to zero."""
         maps = [module for module in self.modules() if isinstance(module, nn.Linear)]
         for part in maps:
-            share = self.branches if part is maps[-1] else 1
-            nn.init.normal_(part.weight, std=(part.in_features * share) ** -0.5)
+            gain = self.outward if part is maps[-1] else 1.0
+            nn.init.normal_(part.weight, std=gain * part.in_features**-0.5)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 

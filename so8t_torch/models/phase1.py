@@ -33,10 +33,14 @@ class Phase1Block(GradientCheckpointingLayer):
         config: of the model.
     """
 
+    token_diagnostics = ("gates", "t_component", "uv_component", "ffn_output")
+    """What of the diagnostics has an axis of tokens."""
+
     def __init__(self, config: Phase1Config) -> None:
         super().__init__()
-        width, branches = config.d_model, 2 * config.n_layers
-        self.checkpoint_mixer = config.checkpoint_ar_ssm
+        width, self.checkpoint_mixer = config.d_model, config.checkpoint_ar_ssm
+        # all parts of all blocks together add what a token's own row has, which would drown otherwise
+        self.outward = config.initializer_range * (2 * config.n_layers) ** -0.5
         self.mixer_norm, self.ffn_norm = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
         self.mixer = AdaptiveRankSemiseparableLayer(
             width,
@@ -58,12 +62,16 @@ class Phase1Block(GradientCheckpointingLayer):
             rank=rank,
             sign_log=config.lns_enabled,
             backend=config.backend,
-            branches=branches,
+            outward=self.outward,
         )
         self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
 
-    token_diagnostics = ("gates", "t_component", "uv_component", "ffn_output")
-    """What of the diagnostics has an axis of tokens."""
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw what the mixer adds to the stream; its other parts and the feed-forward part draw their own."""
+        nn.init.xavier_uniform_(self.mixer.output_proj.weight, gain=self.outward)
+        nn.init.normal_(self.mixer.taps, std=self.outward)
 
     @property
     def state_names(self) -> tuple[str, ...]:

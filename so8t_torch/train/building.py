@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,24 +31,26 @@ from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded, EncodingReport, encode_records
 from so8t_torch.data.records import Record, read_file
 from so8t_torch.data.scenarios import scenario_records
+from so8t_torch.data.text import Text
 from so8t_torch.train.config import AdapterSection, DataSection, LoadingSection, TrainConfig
-from so8t_torch.train.trainer import check_trainable
+from so8t_torch.train.trained import check_trainable
 
 MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs: model, tokenizer, encoded rows, and the held-out records as they were read."""
+    """Everything a run needs: model, tokenizer, encoded rows, and the held-out data as they were read."""
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    collator: Collator
-    rows: list[Encoded]
+    collator: Callable[[Sequence[Encoded]], dict[str, Tensor]]
+    rows: Sequence[Encoded]
     report: EncodingReport
-    held_out: list[Encoded]
+    held_out: Sequence[Encoded]
     held_out_report: EncodingReport | None
     held_out_records: list[Record]
+    text: Text | None = None
 
 
 def build(config: TrainConfig) -> Job:
@@ -75,6 +78,7 @@ def build(config: TrainConfig) -> Job:
 def base_source(config: TrainConfig) -> tuple[str, str | None]:
     """Return where the base is read from, and its revision; a base made from scratch is built or reused first."""
     section = config.base
+    assert section is not None, "the settings were checked: an adapter has a base"
     if section.kind == "pretrained":
         local = Path(section.path).expanduser()
         return (str(local.resolve()) if local.is_dir() else section.path), section.revision
@@ -227,7 +231,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = 
         checkpoints: folder for them.
         first: whether the run begins here; held-out data are then measured before the first step.
     """
-    training, recording = config.training, config.recording
+    training, recording, data = config.training, config.recording, config.data
     every, evaluate = config.checkpoint.every_steps, config.evaluation.every_steps
     checkpointing: dict[str, Any] = {}
     if training.gradient_checkpointing:
@@ -244,6 +248,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = 
         gradient_accumulation_steps=training.accumulation,
         optim=training.optimiser,
         learning_rate=training.lr,
+        adam_beta2=training.beta2,
         weight_decay=training.weight_decay,
         lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
         warmup_steps=training.warmup,
@@ -262,7 +267,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = 
         eval_strategy="steps" if evaluate else "no",
         eval_steps=evaluate,
         # Evaluating before training would leave the model unwrapped: processes would not share gradients.
-        eval_on_start=first and (config.data.eval is not None or config.data.scenarios is not None),
+        eval_on_start=first and any(part is not None for part in (data.eval, data.scenarios, data.text)),
         label_names=["labels"],
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -16,6 +16,7 @@ from so8t_torch.data.chat import TooLong
 from so8t_torch.data.intake import ReadingSection
 from so8t_torch.data.records import Columns
 from so8t_torch.data.scenarios import ScenarioSection
+from so8t_torch.data.text import TextSection
 from so8t_torch.train.scratch import ScratchBase
 
 Positive = Annotated[int, Field(ge=1)]
@@ -29,11 +30,24 @@ class PretrainedBase(Section):
     revision: str | None = None
 
 
+class ModelSection(Section):
+    """A language model that is trained whole, from nothing.
+
+    ``phase1`` and ``phase2`` are this library's, ``llama`` and ``mamba`` those of transformers, to compare with.
+    ``fields`` are those of the kind's configuration, and replace a preset's; the tokenizer sets ``vocab_size``.
+    """
+
+    kind: Literal["phase1", "phase2", "llama", "mamba"]
+    preset: str | None = None
+    fields: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+
+
 class LoadingSection(Section):
     """How the frozen base is held in memory.
 
     ``dtype: auto`` is bfloat16 where the card has it and float32 elsewhere. ``float32_rest`` turns embeddings, norms
     and the head of a quantised base into float32 (PEFT's preparation); off, they keep ``dtype`` and half the memory.
+    A model that is trained whole stays float32 and computes in ``dtype``.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -63,11 +77,12 @@ class AdapterSection(Section):
 
 
 class DataSection(Section):
-    """What is learned: files, or generated scenarios; ``template`` names a marked Jinja file."""
+    """What is learned: files, generated scenarios, or running text; ``template`` names a marked Jinja file."""
 
     train: Path | None = None
     eval: Path | None = None
     scenarios: ScenarioSection | None = None
+    text: TextSection | None = None
     columns: Columns = Columns()
     reading: ReadingSection = ReadingSection()
     template: Path | None = None
@@ -90,7 +105,8 @@ class PenaltySection(Section):
 class TrainingSection(Section):
     """Optimiser, schedule and batch; give ``max_steps`` or ``epochs``. ``warmup`` is a share of the steps.
 
-    ``loss_chunk`` is the number of supervised positions whose logits exist at once.
+    ``loss_chunk`` is the number of supervised positions whose logits exist at once; ``beta2`` is Adam's average of
+    squared gradients.
     """
 
     max_steps: Positive | None = None
@@ -100,6 +116,7 @@ class TrainingSection(Section):
     optimiser: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
     lr: Annotated[float, Field(gt=0)] = 2e-4
     gate_lr: Annotated[float, Field(gt=0)] = 5e-3
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -179,21 +196,31 @@ class RecoverySection(Section):
 
 
 class EvaluationSection(Section):
-    """Held-out language-model loss every ``every_steps`` (and before and after), and triage decisions at the end."""
+    """Held-out language-model loss every ``every_steps`` (and before and after), and what is measured at the end.
+
+    ``triage`` asks for decisions. Of running text, ``baselines`` measures an n-gram model and two compressors on the
+    same parts, and ``sample_tokens`` tokens are generated (0 for none).
+    """
 
     every_steps: Positive | None = None
     batch_size: Positive = 8
     triage: bool = False
+    baselines: bool = False
+    sample_tokens: Annotated[int, Field(ge=0)] = 200
 
 
 class TrainConfig(Section):
-    """One training run. ``card`` names the card that ``so8t plan`` compares with; ``threads`` 0 takes every core."""
+    """One training run: an adapter on a frozen ``base``, or a whole ``model``.
+
+    ``card`` names the card that ``so8t plan`` compares with; ``threads`` 0 takes every core.
+    """
 
     output_dir: Path
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=0)] = 0
     card: str | None = None
-    base: Annotated[PretrainedBase | ScratchBase, Field(discriminator="kind")]
+    base: Annotated[PretrainedBase | ScratchBase, Field(discriminator="kind")] | None = None
+    model: ModelSection | None = None
     loading: LoadingSection = LoadingSection()
     adapter: AdapterSection = AdapterSection()
     data: DataSection
@@ -215,9 +242,13 @@ class TrainConfig(Section):
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     """Yield every pair of settings that cannot both hold, as sentences."""
-    yield from _adapter_contradictions(config.adapter)
-    if (config.data.train is None) == (config.data.scenarios is None):
-        yield "data needs exactly one of train (a file) and scenarios."
+    if (config.base is None) == (config.model is None):
+        yield "exactly one of base (frozen, with an adapter) and model (trained whole) is needed."
+    yield from _adapter_contradictions(config.adapter) if config.model is None else _whole_contradictions(config)
+    if [config.data.train, config.data.scenarios, config.data.text].count(None) != 2:
+        yield "data needs exactly one of train (a file), scenarios and text."
+    if config.data.text is not None:
+        yield from _text_contradictions(config, config.data.text)
     if config.data.scenarios is not None and config.data.eval is not None:
         yield "data.scenarios brings its own held-out split; drop data.eval."
     if (config.training.max_steps is None) == (config.training.epochs is None):
@@ -229,11 +260,33 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"penalty.boundaries must be two shares of the run in order, got {config.penalty.boundaries}."
     if min(config.penalty.weights) < 0:
         yield f"penalty.weights must not be negative, got {config.penalty.weights}."
-    if config.recovery.reinitialise and config.base.kind == "pretrained":
+    if config.recovery.reinitialise and config.base is not None and config.base.kind == "pretrained":
         yield "recovery.reinitialise is for models trained from scratch, but base.kind is pretrained."
-    held_out = config.data.eval is not None or config.data.scenarios is not None
+    held_out = any(part is not None for part in (config.data.eval, config.data.scenarios, config.data.text))
     if (config.evaluation.every_steps or config.evaluation.triage) and not held_out:
         yield "evaluation needs held-out data: give data.eval or data.scenarios."
+
+
+def _whole_contradictions(config: TrainConfig) -> Iterator[str]:
+    if config.adapter != AdapterSection():
+        yield "adapter is for a frozen base; a model is trained whole."
+    if config.data.text is None:
+        yield "a model that is trained whole learns from data.text."
+    if config.loading.quantization != "none":
+        yield f"loading.quantization {config.loading.quantization} is for a frozen base; a model is trained whole."
+    if config.penalty.enabled:
+        yield "penalty.enabled reads the stream after gated layers, and a model that is trained whole has no gates."
+
+
+def _text_contradictions(config: TrainConfig, text: TextSection) -> Iterator[str]:
+    if config.model is None:
+        yield "data.text is for a model that is trained whole; an adapter learns conversations."
+    if config.data.eval is not None:
+        yield "data.text brings its own held-out part; drop data.eval."
+    if config.evaluation.triage:
+        yield "evaluation.triage needs labelled conversations, and data.text has none."
+    if (text.vocabulary is not None) != (text.tokenizer == "bpe"):
+        yield "data.text.vocabulary belongs to the tokenizer bpe, which needs it."
 
 
 def _adapter_contradictions(adapter: AdapterSection) -> Iterator[str]:

@@ -13,9 +13,16 @@ from so8t_torch.train.plan import plan
 
 
 def describe(config: TrainConfig, job: Job, console: Console) -> None:
-    """Print counts by group, the data, the first conversation with its learned part marked, and the memory plan."""
+    """Print counts by group, the data, the first conversation with its learned part marked, and the memory plan.
+
+    Of running text every token is learned: the first row is printed as it is.
+    """
     console.print(_counts(job.model))
     console.print(_data(job))
+    if config.model is not None:
+        console.print("first row, of which every token is learned:", style="bold")
+        console.print(job.tokenizer.decode(job.rows[0].input_ids), markup=False, highlight=False)
+        return
     console.print("first conversation, learned part between ⟦ ⟧:", style="bold")
     console.print(show_supervision(job.rows[0], job.tokenizer), markup=False, highlight=False)
     console.print(plan(config).table())

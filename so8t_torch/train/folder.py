@@ -1,7 +1,8 @@
 """The run folder: where each file of a run lies, how a run begins in it, and how one goes on.
 
     RUN/config.yaml environment.json metrics.jsonl metrics.csv events.jsonl curves.png
-    RUN/tensorboard/ checkpoints/checkpoint-N/ adapter/ logits/ eval/ and, after a roll-back, recovery.json
+    RUN/tensorboard/ checkpoints/checkpoint-N/ logits/ eval/ and, after a roll-back, recovery.json
+    RUN/adapter/ or, of a model that is trained whole, model/, at the end
 
 Both JSONL files are only ever appended to; a line that a dying process left half written is cut off on resume. The
 steps behind the checkpoint are written again then; ``read_metrics`` keeps the last entry of each step and kind, so
@@ -62,6 +63,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.logits = path / "logits"
         self.evaluation = path / "eval"
         self._journal = Journal(self.events)
@@ -84,7 +86,7 @@ class RunFolder:
 
     def complete(self) -> None:
         """Make the folders of a run, and cut off and remove what a process left that died while it wrote."""
-        for folder in (self.tensorboard, self.checkpoints, self.adapter, self.logits, self.evaluation):
+        for folder in (self.tensorboard, self.checkpoints, self.logits, self.evaluation):
             folder.mkdir(parents=True, exist_ok=True)
         for record in (self.metrics, self.events):
             cut_off_half_a_line(record)

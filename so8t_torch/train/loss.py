@@ -4,7 +4,8 @@
 
 n runs over the positions whose next token is supervised, in chunks of C: at any time one (C, V) block of logits
 exists instead of (B, T, V). Each block is recomputed in the backward pass, so no block is kept either. It is computed
-where the model calls its head: there a head whose weight is in shards over the processes is whole.
+where the model calls its head: there a head whose weight is in shards over the processes is whole. A head that is no
+part of the model computes it behind the forward pass.
 Symbols: h hidden states after the last norm, V vocabulary, y(n) the next token. Cost: 6 N D V operations with the
 recomputation, memory C V in float32 (float64 for float64).
 """
@@ -96,10 +97,12 @@ class LossAtHead:
         head: the model's output embedding.
         key: under which the states that go into the head are found.
         chunk: number of positions whose logits exist at once.
+        called: whether the model's forward pass calls it.
     """
 
-    def __init__(self, head: nn.Module, key: int, *, chunk: int) -> None:
-        self._key, self._chunk = key, chunk
+    def __init__(self, head: nn.Module, key: int, *, chunk: int, called: bool = True) -> None:
+        self._called = called
+        self._key, self._chunk, self._head = key, chunk, head
         self._open: Supervised | None = None
         # Shards register their own hooks later and see the losses as the head's output: what gathers the weight again
         # for the backward pass hangs on them.
@@ -119,18 +122,22 @@ class LossAtHead:
         self._open = Supervised(labels, states, watch)
         try:
             yield self._open
+            if self._open.nll is None and not self._called:
+                self._compute(self._open)
         finally:
             self._open = None
 
     def _replace(self, head: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        del inputs
+        del head, inputs
         if self._open is None:
             return output
-        now = self._open
+        return self._compute(self._open)
+
+    def _compute(self, now: Supervised) -> Tensor:
         hidden = now.states[self._key]
         # the head computes in its own dtype, whatever the model runs in
         with torch.autocast(hidden.device.type, enabled=False):
-            now.nll, now.rows = supervised_nll(hidden, now.labels, head, chunk=self._chunk, watch=now.watch)
+            now.nll, now.rows = supervised_nll(hidden, now.labels, self._head, chunk=self._chunk, watch=now.watch)
         return now.nll
 
 

@@ -2,6 +2,7 @@
 
     loss/lm = Σ nll / Σ supervised tokens        perplexity = exp(loss/lm)
     loss/pet = mean over steps of PET            loss/pet_weighted = mean over steps of λ(step) PET
+    loss/aux = mean over steps of what the model adds to its loss by itself
 
 Perplexity is a statement about the language model, so the penalty never enters it. Sums stay on the device until they
 are read: one transfer per log entry, not per step.
@@ -29,7 +30,7 @@ class LossMeter:
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -67,7 +68,16 @@ class LossMeter:
         finally:
             self._started += self._clock() - began
 
-    def add(self, step: int, nll: Tensor, supervised: int, tokens: Tensor, pet: Tensor, weight: float) -> None:
+    def add(
+        self,
+        step: int,
+        nll: Tensor,
+        supervised: int,
+        tokens: Tensor,
+        pet: Tensor,
+        weight: float,
+        extra: Tensor | None = None,
+    ) -> None:
         """Add one micro-batch.
 
         Args:
@@ -77,16 +87,18 @@ class LossMeter:
             tokens: number of real (not padding) tokens.
             pet: this micro-batch's part of the step's PET.
             weight: λ of this step.
+            extra: this micro-batch's part of what the model adds to the step's loss.
         """
         self._steps.add(step)
         pet = pet.detach().double()
-        parts = [nll.detach().double(), torch.full_like(pet, supervised), tokens.double(), pet, weight * pet]
+        own = torch.zeros_like(pet) if extra is None else extra.detach().double()
+        parts = [nll.detach().double(), torch.full_like(pet, supervised), tokens.double(), pet, weight * pet, own]
         self._sums += torch.stack([part.to(self._sums.device) for part in parts])
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the terms since the last reset; ``reduce`` sums over processes."""
         sums = reduce(self._sums.clone())
-        nll, supervised, tokens, pet, weighted = sums.tolist()
+        nll, supervised, tokens, pet, weighted, own = sums.tolist()
         seconds, steps = self._clock() - self._started, max(1, len(self._steps))
         if not supervised:
             return {}
@@ -94,6 +106,7 @@ class LossMeter:
             "loss/lm": nll / supervised,
             "loss/pet": pet / steps,
             "loss/pet_weighted": weighted / steps,
+            **({"loss/aux": own / steps} if own else {}),
             "perplexity": perplexity(nll / supervised),
             "supervised_tokens": supervised,
             "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,

@@ -79,8 +79,10 @@ def plan(config: TrainConfig, card: str | None = None) -> Plan:
         card: name of a card in ``cards.CARDS``; ``None`` takes the one in the settings.
 
     Raises:
-        ConfigError: the card is unknown, or the base's configuration cannot be read.
+        ConfigError: the card is unknown, the base's configuration cannot be read, or the run trains a whole model.
     """
+    if config.model is not None:
+        raise ConfigError("so8t plan counts an adapter on a frozen base; this run trains a whole model.")
     name = card or config.card
     chosen = None if name is None else find_card(name)
     dtype = planned_dtype(config, chosen)
@@ -109,6 +111,7 @@ def base_configuration(config: TrainConfig) -> PreTrainedConfig:
         ConfigError: neither a local folder nor reachable on the hub.
     """
     section = config.base
+    assert section is not None, "a plan of an adapter has a base"
     if section.kind == "scratch":
         return architecture(section, section.vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     source, revision = base_source(config)

@@ -1,7 +1,8 @@
 """One training run, from settings to a run folder, and its evaluation afterwards.
 
-``run_training`` builds the job, trains it with the library's trainer, and leaves behind the adapter, the held-out loss
-before and after, the curves and, where asked, the triage report. Under torchrun every process trains, process 0 writes.
+``run_training`` builds the job, trains it with the library's trainer, and leaves behind the adapter (or the model that
+was trained whole), the held-out loss before and after, the curves and what else was asked for. Under torchrun every
+process trains, process 0 writes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -27,7 +28,7 @@ from so8t_torch.adapter import load_adapter
 from so8t_torch.core.config import load_config
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.data.records import Record, read_records
-from so8t_torch.train import building
+from so8t_torch.train import building, language
 from so8t_torch.train.callbacks import QuietProgress, Recorder
 from so8t_torch.train.checkpointed import Keeping
 from so8t_torch.train.config import TrainConfig
@@ -38,10 +39,11 @@ from so8t_torch.train.folder import RunFolder, Start, config_hash, write_json
 from so8t_torch.train.guard import Guard
 from so8t_torch.train.journal import on_terminal
 from so8t_torch.train.ladder import Sink
+from so8t_torch.train.language import Ending, conclude
 from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.out_of_memory import fitting
 from so8t_torch.train.rollback import RollbackRequested
-from so8t_torch.train.sharding import adapter_state, is_sharded
+from so8t_torch.train.sharding import is_sharded, trained_state
 from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
 from so8t_torch.train.table import write_table
 from so8t_torch.train.trainer import SO8TTrainer
@@ -70,13 +72,14 @@ class RunResult:
     held_out_after: float | None
     triage: TriageReport | None
     seconds: float
-    model: PeftModel = field(repr=False)
+    model: PeftModel | PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerFast = field(repr=False)
     truncated: int = 0
     recorded: bool = False
+    ending: Ending | None = None
 
     def summary(self) -> str:
-        """Return what happened and where it lies, a line each, ending with the command that folds the adapter."""
+        """Return what happened and where it lies, a line each, ending with the command that comes next."""
         counts = ", ".join(f"{count:,} in {group}" for group, count in self.trainable.items() if count)
         lines = [f"{self.steps} steps in {self.seconds:.0f} s; numbers trained: {counts}"]
         if self.held_out_after is not None:
@@ -85,6 +88,11 @@ class RunResult:
         if self.truncated:
             events = self.directory / "events.jsonl"
             lines.append(f"{self.truncated:,} conversations were cut at data.max_length; {events} names the first ten")
+        if not isinstance(self.model, PeftModel):
+            lines += [] if self.ending is None else self.ending.lines()
+            lines.append(f"model {self.directory / 'model'}, curves {self.directory / 'curves.png'}")
+            lines.append(f"next: so8t generate {self.directory} --prompt 'def '")
+            return "\n".join(lines)
         lines.append(f"adapter {self.directory / 'adapter'}, curves {self.directory / 'curves.png'}")
         lines.append(f"next: so8t bake {self.directory / 'adapter'} {self.directory / 'baked'}")
         return "\n".join(lines)
@@ -115,7 +123,7 @@ def run_training(
     """
     torch.set_num_threads(building.thread_count(config))
     if dry_run:
-        job = building.build(config)
+        job = _job(config)
         describe(config, job, Console())
         counts = trainable_groups(job.model)
         return RunResult(config.output_dir, 0, counts, None, None, None, 0.0, job.model, job.tokenizer)
@@ -152,6 +160,7 @@ def _run(
     before = _held_out_before(trainer)
     after = trainer.evaluate()["eval_lm"] if job.held_out else None
     report = _triage(config, job) if config.evaluation.triage else None
+    ending = conclude(config, job, after) if arguments.should_save and after is not None else None
     result = RunResult(
         config.output_dir,
         trainer.state.global_step,
@@ -164,8 +173,9 @@ def _run(
         job.tokenizer,
         len(job.report.truncated),
         arguments.should_save,
+        ending,
     )
-    state = adapter_state(job.model) if is_sharded(job.model) else None
+    state = trained_state(job.model) if is_sharded(job.model) else None
     if arguments.should_save:
         _close(folder, result, state)
     return result
@@ -175,11 +185,15 @@ def _build(config: TrainConfig, arguments: Any, fresh: RunFolder | None) -> buil
     """Build the job before anything is written, so that settings which cannot be built leave no run folder behind."""
     if fresh is not None and arguments.should_save:
         fresh.check_free()
-    if arguments.world_size > 1:
+    if config.base is not None and arguments.world_size > 1:
         # one process builds a base from scratch, the others find it
         with arguments.main_process_first(desc="the base"):
             building.base_source(config)
-    return building.build(config)
+    return _job(config)
+
+
+def _job(config: TrainConfig) -> building.Job:
+    return building.build(config) if config.model is None else language.build(config)
 
 
 def _open(folder: RunFolder, config: TrainConfig, start: Start | None) -> None:
@@ -258,7 +272,8 @@ def _trainer(
         keeping(config),
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
     )
-    trainer.relief.what_fits = lambda limit: fitting(config, limit)
+    if config.model is None:
+        trainer.relief.what_fits = lambda limit: fitting(config, limit)
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     if config.logits.save_logits:
@@ -308,10 +323,16 @@ def _triage(config: TrainConfig, job: building.Job) -> TriageReport:
 
 
 def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None) -> None:
-    result.model.save_pretrained(folder.adapter, state_dict=state)
+    whole = not isinstance(result.model, PeftModel)
+    result.model.save_pretrained(folder.model if whole else folder.adapter, state_dict=state)
+    if whole:
+        result.tokenizer.save_pretrained(folder.model)
     if result.held_out_after is not None:
         losses = {"before": result.held_out_before, "after": result.held_out_after, "unit": "nats per supervised token"}
+        losses |= {} if result.ending is None else result.ending.as_json()
         write_json(folder.evaluation / "language_model.json", losses)
+    if result.ending is not None and result.ending.sample:
+        (folder.evaluation / "sample.txt").write_text(result.ending.sample + "\n", encoding="utf-8")
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
     write_table(folder.metrics, folder.table)
@@ -332,6 +353,8 @@ def evaluate_run(run: str | Path, data: str | Path | None = None) -> TriageRepor
     from so8t_torch.safety.evaluation import evaluate_triage
 
     folder = RunFolder(Path(run))
+    if folder.model.is_dir():
+        raise ConfigError(f"{run}: decisions are measured of an adapter; this run trained a whole model on text.")
     if not (folder.config.is_file() and (folder.adapter / "adapter_config.json").is_file()):
         raise ConfigError(f"{run}: no finished run here; expected config.yaml and adapter/adapter_config.json.")
     config = load_config(TrainConfig, folder.config)

@@ -27,7 +27,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def prepare_sharding(accelerator: Accelerator, model: PeftModel, optimiser: str) -> None:
+def prepare_sharding(accelerator: Accelerator, model: nn.Module, optimiser: str) -> None:
     """Stop where shards were asked for and cannot work, and keep the gates' generators float32 where they can.
 
     Args:
@@ -53,22 +53,23 @@ def prepare_sharding(accelerator: Accelerator, model: PeftModel, optimiser: str)
     plugin.mixed_precision_policy = None
 
 
-def _obstacles(plugin: Any, model: PeftModel, optimiser: str) -> Iterator[str]:
+def _obstacles(plugin: Any, model: nn.Module, optimiser: str) -> Iterator[str]:
     if plugin.fsdp_version != 2:
         yield f"FSDP version {plugin.fsdp_version} flattens gates and base into one tensor; set FSDP_VERSION=2."
     if plugin.cpu_ram_efficient_loading:
         yield "Every process reads the base itself; set FSDP_CPU_RAM_EFFICIENT_LOADING=false."
-    if getattr(model.get_base_model(), "is_loaded_in_8bit", False):
+    if isinstance(model, PeftModel) and getattr(model.get_base_model(), "is_loaded_in_8bit", False):
         yield "An 8-bit base cannot be cut into shards; set loading.quantization to nf4 or none."
     if optimiser != "adamw_torch":
         yield f"training.optimiser {optimiser} cannot step on shards; set adamw_torch."
 
 
-def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """Return the adapter's numbers under the model's own names, whole and on the CPU; a collective call.
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter's numbers, or without one all, by the model's names, whole, on the CPU; a collective call.
 
     Args:
         model: with its weights in shards.
     """
     state = model.state_dict()
-    return {name: whole(value).cpu() for name, value in state.items() if any(part in name for part in _ADAPTER)}
+    parts = _ADAPTER if isinstance(model, PeftModel) else ("",)
+    return {name: whole(value).cpu() for name, value in state.items() if any(part in name for part in parts)}

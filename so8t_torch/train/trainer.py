@@ -1,29 +1,28 @@
 """The training step: supervised cross-entropy in chunks, plus the penalty, on transformers' ``Trainer``.
 
-    L = Σ_n nll_n / N_tokens + λ(step) PET
+    L = Σ_n nll_n / N_tokens + λ(step) PET + Σ_m (N_m / N_tokens) aux_m
 
-N_tokens and PET's denominator count the whole optimiser step, over every micro-batch and process, so accumulation
-4 × 1 is batch 4. The loop, the schedule, checkpoints and distribution are the library's; this class supplies the loss,
-the parameter groups, the held-out loss (token-weighted, like the training one) and the checks that stop a run whose
-loss cannot train anything.
+aux_m is what a model adds to the loss of micro-batch m by itself (``aux_loss`` of its output). N_tokens and PET's
+denominator count the whole optimiser step, over every micro-batch and process, so accumulation 4 × 1 is batch 4. The
+loop, the schedule, checkpoints and distribution are the library's; this class supplies the loss, the parameter groups,
+the held-out loss (token-weighted, like the training one) and the checks that stop a run whose loss trains nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
-from so8t_torch.adapter import gate_summary, so8t_param_groups
+from so8t_torch.adapter import so8t_param_groups
 from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import TrainingError
-from so8t_torch.data.batches import Collator
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
 from so8t_torch.train.checkpointed import CheckpointedTrainer, Keeping
@@ -36,21 +35,20 @@ from so8t_torch.train.out_of_memory import MemoryRelief, split
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
+from so8t_torch.train.trained import check_groups, check_trainable, decoder_and_head, geometry, input_names
 
 LAST_STATES = -1
 """Key under which the tap keeps the states that go into the head."""
 
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
 
 class SO8TTrainer(CheckpointedTrainer):
-    """Trains an adapted causal language model.
+    """Trains a causal language model: what an adapter adds to a frozen one, or all of it.
 
     Args:
-        model: PEFT model around a Hugging Face decoder.
+        model: PEFT model around a Hugging Face decoder, or a language model to be trained whole.
         args: the library's training arguments.
-        rows: encoded training conversations.
-        held_out: encoded held-out conversations, perhaps none.
+        rows: encoded training conversations, or packed text.
+        held_out: the same, perhaps none; where it knows its ``bytes``, the loss is told in bits per byte, too.
         collator: stacks rows into batches.
         training: optimiser, batch and loss settings.
         penalty: settings of PET.
@@ -63,11 +61,11 @@ class SO8TTrainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: nn.Module,
         args: TrainingArguments,
         rows: Sequence[Encoded],
         held_out: Sequence[Encoded],
-        collator: Collator,
+        collator: Callable[[Sequence[Encoded]], dict[str, Tensor]],
         training: TrainingSection,
         penalty: PenaltySection,
         callbacks: Sequence[TrainerCallback] = (),
@@ -85,7 +83,7 @@ class SO8TTrainer(CheckpointedTrainer):
             keeping or Keeping(),
             eval_dataset=held_out or None,
             data_collator=collator,
-            compute_metrics=_held_out_metrics,
+            compute_metrics=functools.partial(_held_out_metrics, size=getattr(held_out, "bytes", None)),
             callbacks=[self.guard, *callbacks],
         )
         self.extras.append(self.guard)
@@ -96,10 +94,12 @@ class SO8TTrainer(CheckpointedTrainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._training, self._penalty = training, penalty
+        self._inputs = input_names(model)
         decoder, head = decoder_and_head(model)
         layers = gated_layers(decoder) if penalty.enabled else {}
         self._tap = ResidualTap({**layers, LAST_STATES: decoder})
-        self._at_head = LossAtHead(head, LAST_STATES, chunk=training.loss_chunk)
+        inside = any(part is head for part in model.modules())
+        self._at_head = LossAtHead(head, LAST_STATES, chunk=training.loss_chunk, called=inside)
         self._meter = LossMeter(self.args.device)
         self._triples = torch.tensor(0)
         self._settings: dict[str, float] = {}
@@ -194,37 +194,41 @@ class SO8TTrainer(CheckpointedTrainer):
             TrainingError: nothing trainable reaches the loss; the step is named.
         """
         del return_outputs
-        nll, mask, streams = self._forward(model, inputs)
-        language = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
+        nll, streams, extra = self._forward(model, inputs)
+        tokens = nll.numel() if num_items_in_batch is None else num_items_in_batch
+        language = nll.sum() / tokens
         weight = self._weight()
+        mask = inputs["attention_mask"]
         # What this step uses; by the time it is logged the schedules have moved on.
         self._settings = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self._settings["pet_weight"] = weight
         pet = nll.new_zeros(())
         if streams:
             pet = penalty(streams, mask, self._triples, huber_delta=self._penalty.huber_delta)
-        loss = (language + weight * pet) * self.accelerator.num_processes
+        extra = extra * nll.numel() / tokens
+        loss = (language + weight * pet + extra) * self.accelerator.num_processes
         self._check(loss, pet)
         self.guard.examination.saw_loss(language, loss / self.accelerator.num_processes)
-        self._meter.add(self.state.global_step, nll.sum(), nll.numel(), mask.sum(), pet, weight)
+        self._meter.add(self.state.global_step, nll.sum(), nll.numel(), mask.sum(), pet, weight, extra)
         return loss
 
-    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the supervised losses, the attention mask and the streams after the gated layers."""
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return the supervised losses, the streams after the gated layers, and what the model adds to the loss."""
         if "routes" in inputs:
             self.model.base_model.set_gate_routes(inputs["routes"])
-        (nll, _), states = self._losses(model, inputs)
-        return nll, inputs["attention_mask"], list(states.values())
+        (nll, _), states, extra = self._losses(model, inputs)
+        return nll, list(states.values()), nll.new_zeros(()) if extra is None else extra
 
-    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor]]:
-        """Return the supervised losses with their rows, and the streams after the gated layers."""
-        names = ("input_ids", "attention_mask", "position_ids")
+    def _losses(
+        self, model: nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, Tensor], dict[int, Tensor], Tensor | None]:
+        """Return the supervised losses with their rows, the streams after the gated layers, the model's own loss."""
         # the library evaluates a model in evaluation mode, and asks for gradients' exchange after the last micro-batch
         watch = self.watch(self.state) if model.training and self.accelerator.sync_gradients else None
         with self._tap.open() as states, self._at_head.open(inputs["labels"], states, watch) as losses:
-            model(**{name: inputs[name] for name in names}, use_cache=False, logits_to_keep=1)
+            output = model(**{name: inputs[name] for name in self._inputs}, use_cache=False, logits_to_keep=1)
         del states[LAST_STATES]
-        return losses.result(), states
+        return losses.result(), states, getattr(output, "aux_loss", None)
 
     def _weight(self) -> float:
         if not self._penalty.enabled:
@@ -278,7 +282,7 @@ class SO8TTrainer(CheckpointedTrainer):
         del prediction_loss_only, ignore_keys
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            (nll, rows), _ = self._losses(model, inputs)
+            (nll, rows), *_ = self._losses(model, inputs)
             sums = row_sums(nll, rows, inputs["labels"].shape[0])
         return None, sums, sums[:, 1]
 
@@ -328,67 +332,13 @@ class SO8TTrainer(CheckpointedTrainer):
         return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value
 
 
-def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the token-weighted loss over every row; a row counts by its tokens, not by its batch."""
+def _held_out_metrics(prediction: EvalPrediction, size: int | None) -> dict[str, float]:
+    """Return the token-weighted loss over every row; a row counts by its tokens, not by its batch.
+
+    Args:
+        prediction: summed loss and number of tokens of each row.
+        size: bytes of text that the rows predict, where they are known.
+    """
     nll, tokens = prediction.predictions.sum(0).tolist()
-    return {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}
-
-
-def decoder_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module]:
-    """Return the stack of layers and the output embedding of an adapted causal language model.
-
-    Raises:
-        TrainingError: the model changes its logits after the head, which the chunked loss does not.
-    """
-    plain = model.get_base_model()
-    for name in LOGIT_TRANSFORMS:
-        if getattr(plain.config, name, None) not in (None, 1, 1.0):
-            raise TrainingError(f"{type(plain).__name__} applies {name} to its logits; the chunked loss does not.")
-    return plain.get_decoder(), plain.get_output_embeddings()
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Stop unless something is trainable and every gate parameter is float32.
-
-    Raises:
-        TrainingError: naming what is missing or the parameter of the wrong dtype.
-    """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise TrainingError("Nothing is trainable: every parameter of the model is frozen; check the adapter section.")
-    for name, parameter in model.named_parameters():
-        if ("so8t_safe" in name or "so8t_cmd" in name) and parameter.dtype != torch.float32:
-            raise TrainingError(f"{name} is {parameter.dtype}; gate generators must be float32 or they cannot move.")
-
-
-def check_groups(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Stop unless the groups hold exactly the trainable parameters, each once.
-
-    Raises:
-        TrainingError: naming parameters that no group or two groups hold.
-    """
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    held = [id(p) for group in groups for p in group["params"]]
-    wrong = [name for key, name in names.items() if held.count(key) != 1]
-    if wrong or len(held) != len(names):
-        raise TrainingError(f"The optimiser must hold every trainable parameter once; not so for {wrong[:5]}.")
-
-
-def geometry(model: nn.Module) -> dict[str, float]:
-    """Return the gates' geometry: angles in radians overall and by layer, commutator distance, orthogonality error."""
-    gates = gate_summary(model)
-    if not gates:
-        return {}
-    each = list(gates.values())
-    return {
-        "gate/max_angle": max(gate.max_angle for gate in each),
-        "gate/mean_angle": sum(gate.mean_angle for gate in each) / len(each),
-        "gate/commutator": sum(gate.commutator for gate in each) / len(each),
-        "gate/orthogonality_error": max(gate.orthogonality_error for gate in each),
-    } | {f"gate_angle/{_short(name)}": gate.mean_angle for name, gate in gates.items()}
-
-
-def _short(name: str) -> str:
-    """Return ``"4.o_proj"`` for ``"…layers.4.self_attn.o_proj"``."""
-    parts = name.split(".")
-    return ".".join([*(part for part in parts if part.isdecimal()), parts[-1]])
+    found = {"lm": nll / tokens, "perplexity": perplexity(nll / tokens), "supervised_tokens": tokens}
+    return found if size is None else found | {"bits_per_byte": nll / math.log(2) / size}

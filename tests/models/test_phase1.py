@@ -96,7 +96,7 @@ def test_every_parameter_learns_and_the_loss_falls(fields):
     losses = []
     for step in range(24):
         output = model(ids, labels=ids)
-        losses.append(float(output.loss))
+        losses.append(output.loss.item())
         optimiser.zero_grad()
         output.loss.backward()
         if not step:
