@@ -38,7 +38,7 @@ class MeasuringSection(Section):
     rows: int = Field(default=32, ge=1, description="Rows per distance.")
     reach: int = Field(default=4096, ge=2, description="Length of the rows whose gradient is taken.")
     reach_rows: int = Field(default=2, ge=1, description="Rows whose gradient is taken.")
-    lengths: tuple[int, ...] = Field(default=(512, 1024, 2048, 4096, 8192, 16384), description="Of rows that are timed.")
+    lengths: tuple[int, ...] = Field(default=(512, 1024, 2048, 4096, 8192, 16384), description="Of timed rows.")
 
 
 class LongContextConfig(Section):
@@ -134,7 +134,7 @@ def _check(config: LongContextConfig, tasks: Sequence[RecallSection]) -> None:
         raise ConfigError("long-context: expected at least one task, got none.")
     taken = sorted({"vocab_size", "hebbian_enabled"} & config.model.keys())
     if taken:
-        raise ConfigError(f"long-context: expected no {' and '.join(taken)} in model, which the report sets; remove it.")
+        raise ConfigError(f"long-context: expected no {' and '.join(taken)} in model: the report sets it; remove it.")
     Phase2Config(**config.model)
     for task in tasks:
         for distance in (config.training.shortest, *config.measuring.distances):

@@ -1,6 +1,6 @@
 """How far a language model reaches back: the gradient of its last loss at the tokens before, and its speed at a length.
 
-    r_s = ‖∂loss_last/∂embedding_s‖,   loss_last the cross-entropy of the last token alone
+r_s = ‖∂loss_last/∂embedding_s‖,   loss_last the cross-entropy of the last token alone
 """
 
 from __future__ import annotations

@@ -56,6 +56,13 @@ class _Batches(IterableDataset):
             yield self.task.batch(self.settings.rows, distance, generator)._asdict()
 
 
+class _Silent(Trainer):
+    """A trainer whose losses are kept and not printed."""
+
+    def log(self, logs: dict[str, float], *_: object) -> None:
+        self.state.log_history.append(logs)
+
+
 def train_recall(
     model: PreTrainedModel, task: RecallSection, settings: RecallTrainingSection, *, seed: int = 0
 ) -> list[float]:
@@ -91,10 +98,9 @@ def train_recall(
             seed=seed,
             dataloader_num_workers=0,
         )
-        trainer = Trainer(
+        trainer = _Silent(
             model, arguments, train_dataset=_Batches(task, settings, seed), data_collator=lambda batches: batches[0]
         )
-        trainer.log = lambda logs, start_time=None: trainer.state.log_history.append(logs)  # type: ignore[method-assign]
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     broken = next((step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)

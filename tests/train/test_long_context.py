@@ -65,18 +65,23 @@ def test_gradients_at_the_tokens_before_agree_with_differences():
 def test_the_carried_state_does_not_grow_with_the_length():
     model = phase2()
     short, long = (measure_speed(model, length, decoded=2) for length in (8, 200))
-    assert short.state == long.state == 4 * sum(
-        tensor.numel() for tensor in model.model.layers[0].initial_state(1, torch.device("cpu"), torch.float32).values()
-    ) + 8
+    assert (
+        short.state
+        == long.state
+        == 4
+        * sum(
+            tensor.numel()
+            for tensor in model.model.layers[0].initial_state(1, torch.device("cpu"), torch.float32).values()
+        )
+        + 8
+    )
     assert min(*short[1:3], *long[1:3]) > 0
 
 
 def test_keys_and_values_of_attention_grow_with_the_length():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
+    config = LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     cache = LlamaForCausalLM(config)(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     assert carried_bytes(cache) == 2 * 5 * 8 * 4
 
