@@ -1,4 +1,4 @@
-"""Training of a language model on a task of ``data.recall``, and its accuracy against the distance."""
+"""Short trainings of a language model, on a task of ``data.recall``, and its accuracy against the distance."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.chat import IGNORED
 from so8t_torch.data.recall import RecallSection
 
-__all__ = ["RecallTrainingSection", "accuracy", "train_recall"]
+__all__ = ["FittingSection", "RecallTrainingSection", "accuracy", "fit", "train_recall"]
 
 TOKENS_AT_ONCE = 16384
 """Tokens of the rows that are judged together."""
 
 
-class RecallTrainingSection(Section):
-    """How a model is trained on a task; each batch draws its distance evenly in the logarithm."""
+class FittingSection(Section):
+    """Steps and rates of a short training."""
 
-    steps: int = Field(default=800, ge=1, description="Optimiser steps.")
-    rows: int = Field(default=16, ge=1, description="Rows of a batch.")
-    learning_rate: float = Field(default=5e-3, gt=0, description="Its largest value; it falls as a cosine.")
+    steps: int = Field(default=600, ge=1, description="Optimiser steps.")
+    learning_rate: float = Field(default=3e-3, gt=0, description="Its largest value; it falls as a cosine.")
     warmup: int = Field(default=20, ge=0, description="Steps until it is reached.")
     weight_decay: float = Field(default=0.01, ge=0, description="Of matrices.")
+
+
+class RecallTrainingSection(FittingSection):
+    """How a model is trained on a task; each batch draws its distance evenly in the logarithm."""
+
+    rows: int = Field(default=16, ge=1, description="Rows of a batch.")
     shortest: int = Field(default=16, ge=1, description="Least distance of a batch.")
     longest: int = Field(default=256, ge=1, description="Largest distance of a batch.")
 
@@ -79,6 +84,21 @@ def train_recall(
         TrainingError: a loss is not finite.
     """
     task.length(settings.shortest)
+    return fit(model, _Batches(task, settings, seed), settings, seed=seed)
+
+
+def fit(model: PreTrainedModel, batches: IterableDataset, settings: FittingSection, *, seed: int = 0) -> list[float]:
+    """Train a model in place on whole batches, and return the loss of every step.
+
+    Args:
+        model: causal language model.
+        batches: what the model is called with, one after the other.
+        settings: steps and rates.
+        seed: of what the model draws.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -98,14 +118,12 @@ def train_recall(
             seed=seed,
             dataloader_num_workers=0,
         )
-        trainer = _Silent(
-            model, arguments, train_dataset=_Batches(task, settings, seed), data_collator=lambda batches: batches[0]
-        )
+        trainer = _Silent(model, arguments, train_dataset=batches, data_collator=lambda found: found[0])
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     broken = next((step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     if broken is not None:
-        raise TrainingError(f"train_recall: the loss of step {broken} is not finite; lower the learning rate.")
+        raise TrainingError(f"fit: the loss of step {broken} is not finite; lower the learning rate.")
     return losses
 
 
