@@ -160,7 +160,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             position_ids=position_ids,
             entering=None if cache is None else read_positions(cache, sizes[0]),
         )
-        x = embedded = self._embedded(input_ids, inputs_embeds, rows)
+        x = self._embedded(input_ids, inputs_embeds, rows)
         stream, findings = [], []
         for number, block in enumerate(self.layers):
             stream.append(x)
@@ -178,16 +178,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 write_states(cache, number, state)
         if use_cache and cache is not None:
             write_positions(cache, rows.counts, sizes[1])
+        stream.append(x)
         x = rows.restore(self.norm(x))
         aux = [found.pop("aux_loss") for found in findings if "aux_loss" in found]
         report = None
         if diagnostics is not None:
-            heavy = [embedded, *stream[1:], x] if diagnostics == "full" else None
+            heavy = [*stream, x] if diagnostics == "full" else None
             report = self._report(findings, heavy, rows)
         return HiddenOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*map(rows.restore, stream), x) if self._wants_stream(output_hidden_states) else None,
+            hidden_states=(*map(rows.restore, stream[:-1]), x) if self._wants_stream(output_hidden_states) else None,
             diagnostics=report,
             aux_loss=torch.stack(aux).sum() if aux else None,
         )
@@ -197,7 +198,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             ids = rows.lay(input_ids)
-            x = self.embed_tokens(ids if rows.real is None else torch.where(rows.real, ids, 0))
+            ids = ids if rows.real is None else torch.where(rows.real, ids, 0)
+            _check_ids(ids, self.config.vocab_size)
+            x = self.embed_tokens(ids)
         else:
             x = rows.lay(inputs_embeds)
         if self.embed_positions is not None:
@@ -261,6 +264,18 @@ def _sizes(
     return (given.shape[0], given.shape[1]), given.device
 
 
+def _check_ids(ids: Tensor, size: int) -> None:
+    """Raise unless ids have a row; off the CPU and in compiled graphs, which do not wait for values, nothing does."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= size:
+        raise DomainError(
+            f"expected ids in [0, {size}), got {least if least < 0 else most}; take the tokenizer of the model, and "
+            "mark padding in the attention_mask."
+        )
+
+
 def _restore(found: dict[str, Any], names: Collection[str], rows: Rows) -> None:
     """Put entries that have an axis of tokens back into the columns of the call, in nested parts as well."""
     for name, value in found.items():
@@ -285,7 +300,8 @@ def _check_options(
     """Raise unless words are known and no argument asks for what there is not."""
     if diagnostics not in DIAGNOSTICS:
         raise ConfigError(f"expected diagnostics None, 'summary' or 'full', got {diagnostics!r}.")
-    unknown = [name for name, value in others.items() if name not in _OF_PACKED_ROWS and value not in (None, False)]
+    idle = {name for name, value in others.items() if value is None or value is False}
+    unknown = sorted(others.keys() - _OF_PACKED_ROWS - idle)
     if unknown:
         raise ConfigError(f"unknown arguments of the model: {', '.join(unknown)}.")
     if _reads_ahead(config) and (use_cache or cache is not None):

@@ -6,14 +6,14 @@ What a field does is said in the layer that it builds: so8t_torch/nn.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from so8t_torch.models.settings import RecurrentConfig, choice, flag, number, optional, setting, whole
 from so8t_torch.nn.non_hermitian_potential import INITIAL_DECAY
 
 __all__ = ["Phase1Config", "Phase2Config"]
 
-_TARGET = "it is what a preset aims at and changes no model; see get_preset_targets"
+_TARGET = "it is what a preset aims at and changes no model; see read_preset"
 _MEASURED = "nothing is bounded by it; ask a forward pass for diagnostics='summary'"
 _TILES = "the operation chooses its tiles for each shape and device"
 _CHECKPOINTING = "call model.gradient_checkpointing_enable(), or set it for the training run"
@@ -67,12 +67,14 @@ class Phase1Config(RecurrentConfig):
     ar_ssm_min_rank: int = setting(4, whole())
     ar_ssm_gate_hidden_dim: int | None = setting(None, optional(whole()))
     ar_ssm_l1_regularization: float = setting(1e-3, number(zero=True))
-    ar_ssm_core: str = setting("operator", choice("operator", "compat"))
-    ar_ssm_decays: str = setting("multi_scale", choice("multi_scale", "uniform", "none"))
+    ar_ssm_core: Literal["operator", "compat"] = setting("operator", choice("operator", "compat"))
+    ar_ssm_decays: Literal["multi_scale", "uniform", "none"] = setting(
+        "multi_scale", choice("multi_scale", "uniform", "none")
+    )
     ar_ssm_adaptive_time_step: bool = setting(False, flag)
     ar_ssm_complex: bool = setting(False, flag)
     ar_ssm_band_width: int = setting(3, whole())
-    ar_ssm_gate_mode: str = setting("soft", choice("soft", "ste", "gumbel"))
+    ar_ssm_gate_mode: Literal["soft", "ste", "gumbel"] = setting("soft", choice("soft", "ste", "gumbel"))
     ar_ssm_gumbel_temperature: float = setting(1.0, number())
     checkpoint_ar_ssm: bool = setting(False, flag)
     htt_enabled: bool = setting(True, flag)
@@ -82,7 +84,7 @@ class Phase1Config(RecurrentConfig):
     lns_enabled: bool = setting(False, flag)
 
     @property
-    def embedding(self) -> str:
+    def embedding(self) -> Literal["dense", "tt", "complex_tt"]:
         """The kind of embedding, named as in ``Phase2Config``."""
         return ("complex_tt" if self.htt_complex else "tt") if self.htt_enabled else "dense"
 
@@ -149,12 +151,12 @@ class Phase2Config(RecurrentConfig):
         "chunk_size": "the tokens that share the memory's options are memory_chunk",
     }
 
-    position_embedding: str = setting("zeta", choice("zeta", "none"))
+    position_embedding: Literal["zeta", "none"] = setting("zeta", choice("zeta", "none"))
     tie_word_embeddings: bool = setting(False, flag)
     num_heads: int = setting(8, whole())
     head_dim: int = setting(64, whole())
     bk_channels: int | None = setting(None, optional(whole()))
-    bk_mode: str = setting("causal", choice("causal", "full"))
+    bk_mode: Literal["causal", "full"] = setting("causal", choice("causal", "full"))
     bk_hermitian: bool = setting(True, flag)
     bk_adaptive_hopping: bool = setting(False, flag)
     is_encoder: bool = setting(False, flag)
@@ -162,8 +164,8 @@ class Phase2Config(RecurrentConfig):
     adaptive_decay: bool = setting(True, flag)
     hebbian_enabled: bool = setting(True, flag)
     hebbian_eta: float = setting(0.1, number())
-    hebbian_eta_mode: str = setting("constant", choice("constant", "head", "token"))
-    hebbian_rule: str = setting("hebb", choice("hebb", "delta"))
+    hebbian_eta_mode: Literal["constant", "head", "token"] = setting("constant", choice("constant", "head", "token"))
+    hebbian_rule: Literal["hebb", "delta"] = setting("hebb", choice("hebb", "delta"))
     hebbian_dt: float = setting(1.0, number())
     adaptive_time_step: bool = setting(False, flag)
     short_conv: int = setting(4, whole(0))
@@ -176,7 +178,7 @@ class Phase2Config(RecurrentConfig):
     resonance_energy_threshold: float = setting(0.1, number())
     feedback_enabled: bool = setting(False, flag)
     use_zeta_init: bool = setting(True, flag)
-    embedding: str = setting("dense", choice("dense", "tt", "complex_tt"))
+    embedding: Literal["dense", "tt", "complex_tt"] = setting("dense", choice("dense", "tt", "complex_tt"))
 
     def _contradictions(self, sound: set[str]) -> list[str]:
         found = super()._contradictions(sound)

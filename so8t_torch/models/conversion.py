@@ -188,10 +188,9 @@ def _of_the_embedding(phase1: Phase1ForCausalLM, phase2: Phase2ForCausalLM) -> I
 def _of_a_map(layer: nn.Module, source: str, target: str) -> Iterator[_Entry]:
     """Return the entries of a linear map, or of a product of two."""
     if isinstance(layer, nn.Sequential):
-        inner, outer = layer
-        yield _Entry(
-            f"{target}.weight", (f"{source}.0.weight", f"{source}.1.weight"), lambda: outer.weight @ inner.weight
-        )
+        inner, outer = (part.weight for part in layer if isinstance(part, nn.Linear))
+        names = f"{source}.0.weight", f"{source}.1.weight"
+        yield _Entry(f"{target}.weight", names, lambda: outer @ inner)
         yield _Entry(f"{target}.bias", (f"{source}.1.bias",))
     else:
         yield from (_Entry(f"{target}.{part}", (f"{source}.{part}",)) for part in ("weight", "bias"))
@@ -199,7 +198,7 @@ def _of_a_map(layer: nn.Module, source: str, target: str) -> Iterator[_Entry]:
 
 def _written_out(target: str, phase1: Phase1ForCausalLM) -> _Entry:
     """Return the entry of the rows of a train."""
-    train = phase1.model.embed_tokens
+    train: HolographicTTEmbedding = phase1.get_input_embeddings()
     names = [*dict(train.named_parameters()), *dict(train.named_buffers())]
     return _Entry(target, tuple(f"model.embed_tokens.{name}" for name in names), train.dense_table)
 

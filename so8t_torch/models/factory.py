@@ -86,20 +86,17 @@ def _chosen(
     kind: type[C], phase: Phase, config: C | str | None, preset: str | None, fields: dict[str, Any]
 ) -> tuple[C, bool]:
     """Return the configuration asked for, and whether its preset computes blocks twice."""
-    if isinstance(config, str):
-        config, preset = None, config if preset is None else _both(config, preset)
     if config is not None and preset is not None:
-        _both(type(config).__name__, preset)
+        given = repr(config) if isinstance(config, str) else f"a {type(config).__name__}"
+        raise ConfigError(f"expected a configuration or a preset, got both {given} and {preset!r}; give one of them.")
+    if isinstance(config, str):
+        config, preset = None, config
     if config is not None and not isinstance(config, kind):
         raise ConfigError(f"expected a {kind.__name__} or the name of a preset, got a {type(config).__name__}.")
     if preset is None:
         return (kind(**fields) if config is None else config.replace(**fields)), False
     found = read_preset(phase, preset)
     return kind(**found.config).replace(**fields), found.gradient_checkpointing
-
-
-def _both(config: str, preset: str) -> str:
-    raise ConfigError(f"expected a configuration or a preset, got both {config} and {preset!r}; give one of them.")
 
 
 def _built(

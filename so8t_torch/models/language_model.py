@@ -20,6 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from so8t_torch.core.errors import ConfigError, ShapeError
+from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.models.body import RecurrentModel, RecurrentPreTrainedModel
 from so8t_torch.models.states import RecurrentCache
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
@@ -166,7 +167,8 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         if self.lm_head is None:
             total = TensorTrainHead(self.model.embed_tokens).loss(hidden, wanted, reduction="sum")
         else:
-            scores = (self._logits(hidden) if logits is None else logits).float()
+            scores = self._logits(hidden) if logits is None else logits
+            scores = scores.to(accumulation_dtype(scores.dtype))
             total = nn.functional.cross_entropy(
                 scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
             )

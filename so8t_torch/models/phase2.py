@@ -198,6 +198,9 @@ class Phase2Block(GradientCheckpointingLayer):
         for first in range(0, x.shape[1], self.config.memory_chunk):
             places = slice(first, first + self.config.memory_chunk)
             piece = marks.piece(places)
+            if not piece.aligned:
+                # within a piece the mixers see documents begin, but not at its first token
+                state = {name: _emptied(part, piece.starts[:, 0]) for name, part in state.items()}
             shift, last = self._shift(x[:, places], state, piece)
             y, state, found = self._mix(x[:, places], state, piece, watched, shift)
             state["shift"] = last
@@ -214,7 +217,7 @@ class Phase2Block(GradientCheckpointingLayer):
             shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), state["shift"])
             return shift[:, None], shift
         turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
-        before = torch.where(begun, 0.0, torch.where(marks.starts[:, :1], 0.0, state["shift"])[:, None])
+        before = torch.where(begun, 0.0, state["shift"][:, None])
         early = marks.before_turns()
         _, middle, _ = self._mix(x, state, early, False, before)
         judged = self.memory.judge(middle["memory"]).weights
@@ -235,6 +238,11 @@ class Phase2Block(GradientCheckpointingLayer):
         Rows that drown in it could not be told apart by the keys of the memory.
         """
         return self.config.initializer_range * (2 * self.config.n_layers) ** -0.5
+
+
+def _emptied(state: Tensor, rows: Tensor) -> Tensor:
+    """Return a state with zeros in some rows."""
+    return torch.where(rows.reshape(-1, *(1,) * (state.ndim - 1)), 0.0, state)
 
 
 def _memory(config: Phase2Config, channels: int) -> ModulatedMemory:

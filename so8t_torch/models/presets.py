@@ -136,17 +136,26 @@ def preset_comparison(phase: Phase = "phase1", *, batch_size: int = 1) -> Table:
         batch_size: rows of n_seq tokens of the training step whose memory is computed.
     """
     table = Table(title=f"{phase} presets, training on {batch_size} × n_seq tokens in float32")
-    for column in ("preset", "aims at", "AR-SSM rank", "TT rank", "parameters", "compression", "training memory"):
+    for column in (
+        "preset",
+        "aims at (not measured)",
+        "AR-SSM rank",
+        "TT rank",
+        "parameters",
+        "compression",
+        "training memory",
+    ):
         table.add_column(column, justify="left" if column == "preset" else "right")
     table.add_column("blocks computed twice")
     table.add_column("sign-log")
+    table.add_column("hardware")
     for name, preset in _presets(phase).items():
         config = get_preset(name) if phase == "phase1" else get_phase2_preset(name)
         found = estimate_memory(config, batch_size=batch_size, gradient_checkpointing=preset.gradient_checkpointing)
         one = isinstance(config, Phase1Config)
         table.add_row(
             name,
-            f"{preset.targets.vram_gb:g} GB",
+            _aims(preset.targets),
             f"{config.ar_ssm_min_rank}–{config.ar_ssm_max_rank}" if one else "–",
             str(config.htt_rank) if config.embedding != "dense" else "–",
             f"{found.parameter_count / 1e6:.1f} M",
@@ -154,6 +163,7 @@ def preset_comparison(phase: Phase = "phase1", *, batch_size: int = 1) -> Table:
             f"{found.total / 2**30:.2f} GiB",
             "yes" if preset.gradient_checkpointing else "no",
             "yes" if one and config.lns_enabled else "no",
+            preset.hardware or "any",
         )
     return table
 
@@ -165,7 +175,13 @@ def print_preset_comparison(phase: Phase = "phase1", *, batch_size: int = 1) -> 
         phase: see there.
         batch_size: see there.
     """
-    Console(width=140).print(preset_comparison(phase, batch_size=batch_size))
+    Console(width=180).print(preset_comparison(phase, batch_size=batch_size))
+
+
+def _aims(targets: Targets) -> str:
+    """Return the targets in a few words."""
+    quality = "" if targets.ppl_degradation is None else f", +{targets.ppl_degradation:.0%} perplexity"
+    return f"{targets.vram_gb:g} GB, {targets.speedup:g}× speed{quality}"
 
 
 def _presets(phase: Phase) -> dict[str, Preset]:

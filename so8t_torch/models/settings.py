@@ -12,7 +12,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from transformers import PreTrainedConfig
 
@@ -159,13 +159,13 @@ class RecurrentConfig(PreTrainedConfig):
     ffn_dim: int | None = setting(None, optional(whole()))
     dropout: float = setting(0.1, number(below=1.0, zero=True))
     layer_norm_eps: float = setting(1e-5, number())
-    position_embedding: str = setting("none", choice("zeta", "none"))
+    position_embedding: Literal["zeta", "none"] = setting("none", choice("zeta", "none"))
     zeta_embedding_trainable: bool = setting(False, flag)
     htt_rank: int = setting(16, whole())
     htt_num_cores: int = setting(2, choice(2, 3))
     htt_phase_encoding: bool = setting(True, flag)
     tie_word_embeddings: bool = setting(True, flag)
-    backend: str = setting("auto", choice("auto", "eager", "triton"))
+    backend: Literal["auto", "eager", "triton"] = setting("auto", choice("auto", "eager", "triton"))
     initializer_range: float = setting(0.02, number())
     use_cache: bool = setting(True, flag)
     bos_token_id: int | None = setting(None, optional(whole(0)))

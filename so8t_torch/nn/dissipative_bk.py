@@ -179,7 +179,7 @@ class DissipativeBKLayer(nn.Module):
             g, last = self._full(d, beta[..., 1:]), None
         else:
             state = torch.zeros_like(d[..., 0]) if state is None else state
-            g, last = tridiagonal.advance(state, d, beta, backend=self.backend)
+            g, last = self._advanced(state, d, beta)
             if padding_mask is not None:
                 last = _last(g, state, padding_mask)
         features = torch.cat([g.real, g.imag], -2).mT.to(autocast_dtype(x) or x.dtype)
@@ -196,6 +196,13 @@ class DissipativeBKLayer(nn.Module):
             f"mode={self.mode!r}, hermitian={self.hermitian}, adaptive_hopping={self.adaptive_hopping}, "
             f"include_gamma_in_h={self.include_gamma_in_h}"
         )
+
+    def _advanced(self, state: Tensor, d: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the causal g, and the state after the last token; a single token needs no run."""
+        if d.shape[-1] > 1:
+            return tridiagonal.advance(state, d, beta, backend=self.backend)
+        g, last = tridiagonal.step(state, d[..., 0], beta[..., 0].to(d.dtype))
+        return g[..., None], last
 
     def _full(self, d: Tensor, beta: Tensor) -> Tensor:
         """Return G_ii of d = h − z, whose dissipation is built in."""

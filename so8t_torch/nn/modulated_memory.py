@@ -160,7 +160,7 @@ class ModulatedMemory(nn.Module):
             Tokens; state; and detached (B, N, H): ``decay`` and ``eta`` as they acted, and, with ``monitored``,
             ``energy``, ``entering``, ``dissipation``, ``supply``, and ``bound`` of ‖S‖ for the rule "hebb".
         """
-        tokens = self._stepped(x, self.hebbian.tokens(x, marks.real, gamma, keyed))
+        tokens = self._stepped(x, marks.real, self.hebbian.tokens(x, marks.real, gamma, keyed))
         judges = self.snr is not None or self.resonance is not None
         length, found = x.shape[1], []
         for first in range(0, length, self.chunk if judges else length):
@@ -227,10 +227,12 @@ class ModulatedMemory(nn.Module):
             worked["read"], weights = self.hebbian.recur(tokens, weights, documents)
         return worked, weights
 
-    def _stepped(self, x: Tensor, tokens: Tokens) -> Tokens:
-        """Return tokens with time steps of their own."""
+    def _stepped(self, x: Tensor, real: Tensor | None, tokens: Tokens) -> Tokens:
+        """Return tokens with time steps of their own, whatever stands where padding is."""
         if self.time_step is None:
             return tokens
+        if real is not None:
+            x = torch.where(real[..., None], x, 0.0)
         with without_autocast(x.device):
             raw = self.time_step(x.to(self.time_step.weight.dtype)).to(accumulation_dtype(x.dtype))
         step = softplus(raw)

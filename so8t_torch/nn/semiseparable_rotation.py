@@ -50,8 +50,8 @@ class Rotation(nn.Module):
         last = wave[0][:, -1], wave[1][:, -1]
 
         def leave(mixer: Tensor) -> Tensor:
-            parts = (part.to(mixer.dtype).view(*part.shape, *(1,) * (mixer.ndim - 2)) for part in last)
-            return torch.cat(_turned(mixer, *parts, axis=1), 1)
+            cosine, sine = (part.to(mixer.dtype).view(*part.shape, *(1,) * (mixer.ndim - 2)) for part in last)
+            return torch.cat(_turned(mixer, cosine, sine, 1), 1)
 
         written = torch.cat(_turned(u, wave[0], -wave[1]), -1)
         return written, torch.cat([real, -imaginary], -1), leave

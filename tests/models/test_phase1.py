@@ -113,10 +113,12 @@ def test_it_goes_through_a_file(fields, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(again, Phase1ForCausalLM)
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    # a file's weights may begin anywhere in memory, and a product rounds by where they begin
+    assert torch.allclose(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
     body = AutoModel.from_pretrained(tmp_path)
     assert isinstance(body, Phase1Model)
-    assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    assert torch.allclose(body(ids).last_hidden_state, again.model(ids).last_hidden_state, rtol=1e-5, atol=1e-6)
 
 
 @kinds

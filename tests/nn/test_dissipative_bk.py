@@ -248,3 +248,33 @@ def test_a_layer_that_makes_no_sense_is_refused(options):
 
 def test_a_large_constant_rate_is_fine():
     assert DissipativeBKLayer(WIDTH, base_decay=0.7, adaptive_decay=False).potential.base_decay == 0.7
+
+
+@pytest.mark.parametrize("mode", ["causal", "full"])
+def test_padding_behind_the_tokens_changes_nothing(mode):
+    module, x = layer(mode=mode), drawn(3, 6, WIDTH)
+    real = torch.arange(6) < torch.tensor([[6], [4], [0]])
+    entering = None if mode == "full" else drawn(3, 2) + 0.3j
+    found = module(x, entering, padding_mask=real)
+    for row, count in enumerate((6, 4)):
+        entered = None if entering is None else entering[row : row + 1]
+        alone = module(x[row : row + 1, :count], entered)
+        torch.testing.assert_close(found.features[row, :count], alone.features[0], rtol=0, atol=1e-13)
+        if mode == "causal":
+            torch.testing.assert_close(found.state[row], alone.state[0], rtol=0, atol=1e-13)
+    if mode == "causal":
+        assert torch.equal(found.state[2], entering[2])
+    with pytest.raises(ShapeError, match="boolean padding_mask"):
+        module(x, padding_mask=real.long())
+
+
+def test_a_shift_is_added_to_the_potential():
+    module, x, shift = layer(), drawn(2, 5, WIDTH), drawn(2, 5, 2, seed=1)
+    found, plain = module(x, shift=shift), module(x)
+    assert torch.equal(found.potential.v, plain.potential.v + shift)
+    with torch.no_grad():
+        module.potential.projection.bias[:2] += 0.7
+    torch.testing.assert_close(
+        module(x).features, layer()(x, shift=torch.full_like(shift, 0.7)).features, rtol=0, atol=1e-13
+    )
+    assert not torch.equal(found.features, plain.features)
