@@ -1,11 +1,11 @@
 """Tasks that need a memory: associative recall, copying and selective copying across a chosen distance.
 
     recall          k₁ v₁ … k_n v_n   noise …   k_π(1) v_π(1) … k_π(n) v_π(n)
-    copy            c₁ … c_n   noise …   mark c₁ … c_n
-    selective_copy  c₁ … c_n in order, each at a random place of 4n tokens of noise,   noise …   mark c₁ … c_n
+    copy            mark c₁ … c_n   noise …   mark c₁ … c_n
+    selective_copy  mark, c₁ … c_n in order, each at a random place of 4n tokens of noise,   noise …   mark c₁ … c_n
 
 Symbols: n items; k keys, all different in a row, v values, c letters; π a random order. What follows the last noise is
-asked for: v after its key, c after the mark and the letters before it. Every other label is ignored.
+asked for: v after its key, c after the second mark and the letters before it. Every other label is ignored.
 The distance is the least number of tokens from a key to the same key when it is asked, or from a letter to the token
 that has to be followed by it. Noise has tokens of its own, so that nothing but what was written tells the answer.
 """
@@ -86,7 +86,7 @@ class RecallSection(Section):
         """Return the number of tokens of what is written, and of what is asked."""
         if self.task == "recall":
             return 2 * self.items, 2 * self.items
-        return self.items * (SPREAD if self.task == "selective_copy" else 1), self.items + 1
+        return 1 + self.items * (SPREAD if self.task == "selective_copy" else 1), 1 + self.items
 
     def _gap(self, distance: int) -> int:
         """Return the number of tokens of noise in between."""
@@ -118,11 +118,12 @@ class RecallSection(Section):
         return written, asked, (torch.arange(2 * self.items) % 2 == 1).expand_as(asked)
 
     def _letters(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the letters, perhaps within noise, the mark and the letters, and where the latter are answers."""
+        """Return a mark and the letters, perhaps within noise, then both again, and where the latter are answers."""
         letters = written = self._values(rows, generator)
         if self.task == "selective_copy":
             length = SPREAD * self.items
             places = torch.rand(rows, length, generator=generator).argsort(1)[:, : self.items].sort(1).values
             written = self._noise(rows, length, generator).scatter(1, places, letters)
-        asked = torch.cat([torch.full((rows, 1), MARK), letters], 1)
+        mark = torch.full((rows, 1), MARK)
+        written, asked = (torch.cat([mark, part], 1) for part in (written, letters))
         return written, asked, (torch.arange(self.items + 1) > 0).expand_as(asked)

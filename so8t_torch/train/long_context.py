@@ -6,6 +6,7 @@ right answers against the distance, the gradient of the last loss at the tokens 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import Field
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from so8t_torch.core.config import Section
@@ -64,7 +67,7 @@ class Finding:
     parameters: int
     losses: list[float]
     accuracy: dict[int, float]
-    reach: list[float]
+    reach: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,23 @@ def _examine(config: LongContextConfig, task: RecallSection, variant: str, model
     generator = torch.Generator().manual_seed(config.seed + 2)
     fitting = max(measuring.reach - task.length(task.least_distance) + task.least_distance, task.least_distance)
     rows = task.batch(measuring.reach_rows, fitting, generator).input_ids
-    reach = gradient_reach(model, rows).tolist()
+    reach = octaves(gradient_reach(model, rows))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Finding(task.task, variant, parameters, losses, right, reach)
+
+
+def octaves(reach: Float[Tensor, " t"]) -> dict[int, float]:
+    """Return the root mean square over each fourth of an octave of distances, by its first distance.
+
+    Args:
+        reach: of the distances 1, 2, …
+    """
+    edges = sorted({round(2 ** (place / 4)) for place in range(4 * len(reach).bit_length())} | {len(reach) + 1})
+    edges = [edge for edge in edges if edge <= len(reach) + 1]
+    return {
+        first: reach[first - 1 : behind - 1].square().mean().sqrt().item()
+        for first, behind in itertools.pairwise(edges)
+    }
 
 
 def draw(report: LongContextReport, picture: Path) -> None:
@@ -186,7 +203,7 @@ def draw(report: LongContextReport, picture: Path) -> None:
 def _draw_task(findings: Sequence[Finding], upper: Axes, lower: Axes) -> None:
     for found, style in zip(findings, ("o-", "x--"), strict=True):
         upper.plot(list(found.accuracy), list(found.accuracy.values()), style, label=found.variant)
-        lower.plot(range(1, len(found.reach) + 1), found.reach, linewidth=0.7, label=found.variant)
+        lower.plot(list(found.reach), list(found.reach.values()), style[1:], label=found.variant)
     upper.set(ylim=(-0.03, 1.03), ylabel="share of right answers", xlabel="distance")
     lower.set(yscale="log", ylabel="‖∂ loss of last / ∂ embedding‖", xlabel="tokens before the last")
     upper.legend()

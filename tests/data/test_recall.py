@@ -40,7 +40,8 @@ def test_what_was_written_answers_every_question_of_recall(distance):
 def test_the_letters_are_asked_in_their_order(task, distance):
     _, rows, labels = rows_of(task, distance)
     for row, wanted in zip(rows, labels, strict=True):
-        mark = row.index(0)
+        first, mark = (place for place, token in enumerate(row) if token == 0)
+        assert first == 0
         letters = [place for place in range(mark) if kind(row[place]) == "value"]
         asked = [place for place, label in enumerate(wanted) if label >= 0]
         assert asked == list(range(mark + 1, len(row)))

@@ -1,5 +1,6 @@
 """Phase 2 recalls across hundreds of tokens after a short training, its ablation does not; the report of it."""
 
+import itertools
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from so8t_torch.core.errors import ConfigError, ShapeError
 from so8t_torch.data.recall import RecallSection
 from so8t_torch.models.configuration import Phase2Config
 from so8t_torch.models.phase2 import Phase2ForCausalLM
-from so8t_torch.train.long_context import LongContextConfig, run_long_context
+from so8t_torch.train.long_context import LongContextConfig, octaves, run_long_context
 from so8t_torch.train.reach import carried_bytes, gradient_reach, measure_speed
 from so8t_torch.train.recall import RecallTrainingSection, accuracy, train_recall
 
@@ -93,6 +94,14 @@ def test_rows_without_a_token_before_the_last_are_refused():
         measure_speed(phase2(), 0)
 
 
+def test_fourths_of_an_octave_keep_the_sum_of_squares():
+    reach = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = octaves(reach)
+    widths = [behind - first for first, behind in itertools.pairwise([*found, 41])]
+    total = sum(width * size**2 for width, size in zip(widths, found.values(), strict=True))
+    assert total == pytest.approx(float(reach.square().sum()))
+
+
 def settings(tmp_path, **changes):
     sections = {
         "output": tmp_path / "report",
@@ -114,7 +123,8 @@ def test_the_report_holds_every_task_with_and_without_memory(tmp_path):
     for found, written in zip(report.findings, stored["findings"], strict=True):
         assert len(found.losses) == 2
         assert set(found.accuracy) == {4, 8} == set(map(int, written["accuracy"]))
-        assert len(found.reach) == 19
+        assert list(found.reach) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19]
+        assert min(found.reach.values()) > 0
     assert (tmp_path / "report/long_context.png").stat().st_size > 10_000
     assert [speed["length"] for speed in stored["speeds"]] == [8, 16]
     assert len(report.tables()) == 2
