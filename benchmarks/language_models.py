@@ -5,7 +5,7 @@ length of a row: CPU time of a training step and of decoding, and what the alloc
 table times a training step of Phase 2 against the same weights with recurrences token by token and embedding rows
 gathered and contracted in memory. transformers' Mamba walks token by token on a CPU; its kernels need a GPU.
 
-    python -m benchmarks.language_models [--output FOLDER] [--steps N] [--lengths 512 1024 …] [--longest-mamba N]
+    python -m benchmarks.language_models [--parts learned costs loops] [--steps N] [--lengths 512 1024 …]
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class Loops:
     loop_seconds: float
     peak: int
     loop_peak: int
+
+
+PARTS = {"learned": Learned, "costs": Cost, "loops": Loops}
 
 
 def phase1(size: int) -> PreTrainedModel:
@@ -306,33 +309,33 @@ def draw(learned: Sequence[Learned], costs: Sequence[Cost], picture: Path) -> No
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure what was asked for, put it beside what the output folder has of the other parts, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--longest-mamba", type=int, default=2048, help="its loop over tokens needs minutes beyond")
     parser.add_argument("--loop-lengths", type=int, nargs="*", default=(512, 2048))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    learned = learn(arguments.steps)
-    costs = [
-        cost(name, length)
-        for length in arguments.lengths
-        for name in MODELS
-        if name != "Mamba" or length <= arguments.longest_mamba
-    ]
-    looped = [loops("small", length) for length in arguments.loop_lengths]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    document = {
-        "environment": environment(),
-        "learned": [asdict(one) for one in learned],
-        "costs": [asdict(one) for one in costs],
-        "loops": [asdict(one) for one in looped],
-    }
-    (arguments.output / "language_models-cpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    draw(learned, costs, arguments.output / "language_models-cpu.png")
-    for table in tables(learned, costs, looped):
+    file = arguments.output / "language_models-cpu.json"
+    document = json.loads(file.read_text()) if file.exists() else {part: [] for part in PARTS}
+    document["environment"] = environment()
+    if "learned" in arguments.parts:
+        document["learned"] = [asdict(one) for one in learn(arguments.steps)]
+    if "costs" in arguments.parts:
+        pairs = [(name, length) for length in arguments.lengths for name in MODELS]
+        kept = [pair for pair in pairs if pair[0] != "Mamba" or pair[1] <= arguments.longest_mamba]
+        document["costs"] = [asdict(cost(*pair)) for pair in kept]
+    if "loops" in arguments.parts:
+        document["loops"] = [asdict(loops("small", length)) for length in arguments.loop_lengths]
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    found = [[kind(**row) for row in document[part]] for part, kind in PARTS.items()]
+    if found[0] and found[1]:
+        draw(found[0], found[1], file.with_suffix(".png"))
+    for table in tables(*found):
         Console(width=150).print(table)
 
 
