@@ -74,7 +74,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         if tensors and len(given) == len(tensors):
             return
         kept = [tensor.clone() for tensor in given]
-        module.reset_parameters()
+        reset: Any = module.reset_parameters
+        reset()
         for tensor, value in zip(given, kept, strict=True):
             tensor.copy_(value)
 
@@ -164,7 +165,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         )
         x = self._embedded(input_ids, inputs_embeds, rows)
         stream, findings = [], []
-        for number, block in enumerate(self.layers):
+        blocks: list[Any] = list(self.layers)
+        for number, block in enumerate(blocks):
             stream.append(x)
             state = None if cache is None else read_states(cache, number, block.state_names, sizes[0])
             x, state, found = block(

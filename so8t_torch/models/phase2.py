@@ -58,10 +58,8 @@ class Phase2Block(GradientCheckpointingLayer):
         super().__init__()
         width, channels = config.d_model, config.bk_channels or config.num_heads
         self.config, self.channels = config, channels
-        self.bk_norm, self.memory_norm, self.ffn_norm = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps) if wanted else None
-            for wanted in (True, config.hebbian_enabled, True)
-        )
+        self.bk_norm, self.ffn_norm = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
+        self.memory_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.hebbian_enabled else None
         self.bk = DissipativeBKLayer(
             width,
             channels=channels,
@@ -173,7 +171,7 @@ class Phase2Block(GradientCheckpointingLayer):
             after["chain"] = torch.stack([mixed.state.real, mixed.state.imag], -1)
         x = x + self.dropout(self.bk_out(mixed.features))
         found = resolvent_findings(mixed, shift) if watched else {}
-        if self.memory is None:
+        if self.memory is None or self.memory_norm is None:
             return x, after, found
         z, keyed = self.memory_norm(x), None
         if self.conv is not None:
@@ -227,9 +225,10 @@ class Phase2Block(GradientCheckpointingLayer):
 
     def _linear_maps(self) -> Iterator[tuple[nn.Linear, float]]:
         """Return the linear maps with the size of what they give, beside that of what they take."""
-        yield self.bk_out, self._outward
-        yield self.ffn[0], 1.0
-        yield self.ffn[-1], self._outward
+        first, last = self.ffn[0], self.ffn[-1]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        yield from ((self.bk_out, self._outward), (first, 1.0), (last, self._outward))
 
     @property
     def _outward(self) -> float:

@@ -65,8 +65,8 @@ class Marks(NamedTuple):
 
     def piece(self, places: slice) -> Marks:
         """Return the marks of some tokens."""
-        cut = [None if part is None else part[:, places] for part in (self.real, self.documents)]
-        return Marks(self.starts[:, places], self.turns[:, places], *cut, self.aligned)
+        real, documents = (None if part is None else part[:, places] for part in (self.real, self.documents))
+        return Marks(self.starts[:, places], self.turns[:, places], real, documents, self.aligned)
 
     def before_turns(self) -> Marks:
         """Return the marks with all tokens from the first turn on as padding."""
