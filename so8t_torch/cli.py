@@ -220,6 +220,20 @@ def convert_weights(
     raise typer.Exit(subprocess.run([sys.executable, *chosen], check=False).returncode)
 
 
+@app.command(
+    "long-context",
+    epilog="Examples: [bold]so8t long-context configs/long_context.yaml[/bold] · "
+    "[bold]so8t long-context configs/long_context.yaml --set tasks='[copy]' --set training.steps=1000[/bold]",
+)
+def long_context(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train Phase 2 to recall and to copy, with and without its memory, and plot how far it reaches."""
+    from so8t_torch.train.long_context import LongContextConfig, run_long_context
+
+    settings = load_config(LongContextConfig, config, overrides or ())
+    for table in run_long_context(settings).tables():
+        Console().print(table)
+
+
 @app.command(epilog="Example: [bold]so8t demo --output runs/quickstart[/bold]")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the base, the runs and the summary.")] = Path(
