@@ -112,7 +112,7 @@ def try_out(
         )
         for each in (replace(demanded, weight=0.0), demanded)
     ]
-    return Trial(regularizer.name, *runs, target)
+    return Trial(regularizer.name, runs[0], runs[1], target)
 
 
 def constraint(

@@ -40,11 +40,11 @@ from so8t_torch.train.language import Ending, conclude
 from so8t_torch.train.logits import LogitsRecorder
 from so8t_torch.train.out_of_memory import fitting
 from so8t_torch.train.physics import check_physics
+from so8t_torch.train.preconditions import decoder_and_head
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, trained_state
 from so8t_torch.train.signals import Interrupted, SaveAndStop, StopSignals
 from so8t_torch.train.table import write_table
-from so8t_torch.train.trained import decoder_and_head
 from so8t_torch.train.trainer import SO8TTrainer
 
 if TYPE_CHECKING:
