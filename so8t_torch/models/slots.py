@@ -7,6 +7,7 @@ padding in every step, and its state stays where it is. Memory depends on the nu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -38,7 +39,8 @@ class SlotPool:
         self.model, self.slots = model, slots
         self.taken: set[int] = set()
         self.cache = RecurrentCache(model.config)
-        for number, block in enumerate(model.model.layers):
+        blocks: list[Any] = list(model.model.layers)
+        for number, block in enumerate(blocks):
             write_states(self.cache, number, block.initial_state(slots, model.device, model.dtype))
         write_positions(self.cache, torch.zeros(slots, dtype=torch.int64, device=model.device), 0)
 
