@@ -31,6 +31,8 @@ from so8t_torch.nn.zeta_embedding import ZetaEmbedding
 __all__ = ["HiddenOutput", "RecurrentModel", "RecurrentPreTrainedModel"]
 
 DIAGNOSTICS = (None, "summary", "full")
+POSITION_SHARE = 0.05
+"""Size of a position's row beside a token's at the start: a memory finds a key again wherever its token stands."""
 _OF_PACKED_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 """What collators of packed rows give beside the position_ids, which say the same."""
 
@@ -72,7 +74,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         if tensors and len(given) == len(tensors):
             return
         kept = [tensor.clone() for tensor in given]
-        module.reset_parameters()
+        reset: Any = module.reset_parameters
+        reset()
         for tensor, value in zip(given, kept, strict=True):
             tensor.copy_(value)
 
@@ -95,7 +98,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self.embed_tokens = _token_embedding(config)
         self.embed_positions = None
         if config.position_embedding == "zeta":
-            scale = math.sqrt(2.0) * config.initializer_range
+            scale = POSITION_SHARE * math.sqrt(2.0) * config.initializer_range
             self.embed_positions = ZetaEmbedding(
                 config.n_seq, config.d_model, config.zeta_embedding_trainable, scale=scale
             )
@@ -162,7 +165,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         )
         x = self._embedded(input_ids, inputs_embeds, rows)
         stream, findings = [], []
-        for number, block in enumerate(self.layers):
+        blocks: list[Any] = list(self.layers)
+        for number, block in enumerate(blocks):
             stream.append(x)
             state = None if cache is None else read_states(cache, number, block.state_names, sizes[0])
             x, state, found = block(

@@ -70,11 +70,11 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the head if it is a linear layer."""
-        return self.lm_head
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self._head()
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: Any) -> None:
         """Put another head in its place."""
         self.lm_head = value
 
@@ -132,7 +132,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = found.last_hidden_state
-        logits = None if skip_logits else self._logits(slice_logits_to_keep(hidden, logits_to_keep))
+        logits = None if skip_logits else self._head()(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self._loss(
@@ -153,8 +153,14 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             aux_loss=found.aux_loss,
         )
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return TensorTrainHead(self.model.embed_tokens)(hidden) if self.lm_head is None else self.lm_head(hidden)
+    def _head(self) -> nn.Module:
+        """Return the head; that of a tensor train has no parameters of its own and is made anew."""
+        return self._train_head() if self.lm_head is None else self.lm_head
+
+    def _train_head(self) -> TensorTrainHead:
+        embedding = self.model.embed_tokens
+        assert isinstance(embedding, HolographicTTEmbedding)
+        return TensorTrainHead(embedding)
 
     def _loss(
         self, hidden: Tensor, logits: Tensor | None, labels: Tensor, aux: Tensor | None, items: int | Tensor | None
@@ -165,9 +171,9 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         counted = (wanted != IGNORED).sum()
         if self.lm_head is None:
-            total = TensorTrainHead(self.model.embed_tokens).loss(hidden, wanted, reduction="sum")
+            total = self._train_head().loss(hidden, wanted, reduction="sum")
         else:
-            scores = self._logits(hidden) if logits is None else logits
+            scores = self._head()(hidden) if logits is None else logits
             scores = scores.to(accumulation_dtype(scores.dtype))
             total = nn.functional.cross_entropy(
                 scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"

@@ -32,7 +32,7 @@ from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
-from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark
+from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark, may_turn
 from so8t_torch.nn.short_convolution import ShortConvolution
 from so8t_torch.nn.zeta_initialization import ZetaInitializer
 
@@ -58,10 +58,8 @@ class Phase2Block(GradientCheckpointingLayer):
         super().__init__()
         width, channels = config.d_model, config.bk_channels or config.num_heads
         self.config, self.channels = config, channels
-        self.bk_norm, self.memory_norm, self.ffn_norm = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps) if wanted else None
-            for wanted in (True, config.hebbian_enabled, True)
-        )
+        self.bk_norm, self.ffn_norm = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
+        self.memory_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.hebbian_enabled else None
         self.bk = DissipativeBKLayer(
             width,
             channels=channels,
@@ -173,7 +171,7 @@ class Phase2Block(GradientCheckpointingLayer):
             after["chain"] = torch.stack([mixed.state.real, mixed.state.imag], -1)
         x = x + self.dropout(self.bk_out(mixed.features))
         found = resolvent_findings(mixed, shift) if watched else {}
-        if self.memory is None:
+        if self.memory is None or self.memory_norm is None:
             return x, after, found
         z, keyed = self.memory_norm(x), None
         if self.conv is not None:
@@ -213,8 +211,10 @@ class Phase2Block(GradientCheckpointingLayer):
         """Return what is added to the potentials of up to a chunk of tokens (B, 1 or N, C), and to that of the next."""
         assert self.memory is not None
         if marks.aligned:
-            entered = self.memory.judge(state["memory"]).weights
-            shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), state["shift"])
+            shift = state["shift"]
+            if may_turn(marks.turns[:, 0]):
+                entered = self.memory.judge(state["memory"]).weights
+                shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), shift)
             return shift[:, None], shift
         turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
         before = torch.where(begun, 0.0, state["shift"][:, None])
@@ -227,9 +227,10 @@ class Phase2Block(GradientCheckpointingLayer):
 
     def _linear_maps(self) -> Iterator[tuple[nn.Linear, float]]:
         """Return the linear maps with the size of what they give, beside that of what they take."""
-        yield self.bk_out, self._outward
-        yield self.ffn[0], 1.0
-        yield self.ffn[-1], self._outward
+        first, last = self.ffn[0], self.ffn[-1]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        yield from ((self.bk_out, self._outward), (first, 1.0), (last, self._outward))
 
     @property
     def _outward(self) -> float:

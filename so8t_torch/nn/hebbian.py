@@ -251,8 +251,8 @@ class DissipativeHebbianLayer(nn.Module):
         self, tokens: Tokens, state: Tensor | None, segment_ids: Tensor | None, slack: float = 1e-3
     ) -> dict[str, Tensor]:
         """Return what ``monitor`` does but the rates, of tokens as the recurrence takes them."""
-        _, *given = tokens
-        balance = hebbian.energy_balance(*given, state, segment_ids, **self._options())
+        _, k, v, decay, eta = tokens
+        balance = hebbian.energy_balance(k, v, decay, eta, state, segment_ids, **self._options())
         found = {
             "energy": balance.energy,
             "entering": balance.entering,
@@ -262,7 +262,7 @@ class DissipativeHebbianLayer(nn.Module):
         }
         if self.rule == "hebb":
             options = {name: value for name, value in self._options().items() if name != "rule"}
-            bound = hebbian.state_bound(*given, state, segment_ids, **options)
+            bound = hebbian.state_bound(k, v, decay, eta, state, segment_ids, **options)
             # rounding may leave the energy of a state that has been erased below zero
             found |= {"bound": bound, "within_bound": (2 * balance.energy).clamp(min=0).sqrt() <= (1 + slack) * bound}
         return found

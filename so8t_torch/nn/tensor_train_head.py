@@ -48,6 +48,14 @@ class TensorTrainHead(nn.Module):
             )
         self.embedding = embedding
 
+    bias = None
+    """There is none, as callers of a linear head may want to know."""
+
+    @property
+    def weight(self) -> Float[Tensor, "v d"]:
+        """The table E, V·D numbers with a gradient, for callers that multiply by it themselves."""
+        return self.embedding.dense_table()
+
     def forward(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
         """Return the logits of all ids; V numbers for each hidden state.
 

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from so8t_torch.data.records import parse_json_object
 from so8t_torch.train.folder import read_metrics
+from so8t_torch.train.journal import read_rows
 
 Rows = list[dict[str, Any]]
 
@@ -80,10 +80,11 @@ def read_marks(events: Path) -> list[tuple[int, str]]:
 
     Args:
         events: ``events.jsonl`` of a run; other events, and kinds without a colour, are passed over.
+
+    Raises:
+        DataError: as for ``read_rows``.
     """
-    lines = events.read_text(encoding="utf-8").splitlines()
-    rows = [parse_json_object(line, f"{events}:{number}") for number, line in enumerate(lines, 1)]
-    return [mark for row in rows if (mark := _mark(row)) is not None]
+    return [mark for row in read_rows(events) if (mark := _mark(row)) is not None]
 
 
 def _mark(row: dict[str, Any]) -> tuple[int, str] | None:

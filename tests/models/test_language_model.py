@@ -1,4 +1,4 @@
-"""The language models inside transformers: Auto classes, files, generation, checkpointing, half precision, compilers."""
+"""The language models inside transformers: Auto classes, files, generation, half precision, compilers."""
 
 import copy
 
