@@ -81,6 +81,7 @@ class Physics(TrainerCallback):
         self.multipliers = torch.zeros(len(asked), dtype=torch.float64)
         self._due, self._step, self._total = False, 0, torch.tensor(1)
         self._calls: Calls | None = None
+        self._measured: Tensor | None = None
         self.reset()
         self.undo()
 
@@ -135,8 +136,7 @@ class Physics(TrainerCallback):
 
     def undo(self) -> None:
         """Forget what this step gave so far: it is taken again, or not at all."""
-        self._measured: Tensor | None = None
-        self._calls = None
+        self._measured = self._calls = None
         self._taken = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
