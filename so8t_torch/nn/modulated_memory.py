@@ -160,7 +160,7 @@ class ModulatedMemory(nn.Module):
             Tokens; state; and detached (B, N, H): ``decay`` and ``eta`` as they acted, and, with ``monitored``,
             ``energy``, ``entering``, ``dissipation``, ``supply``, and ``bound`` of ‖S‖ for the rule "hebb".
         """
-        tokens = self._stepped(x, marks.real, self.hebbian.tokens(x, marks.real, gamma, keyed))
+        tokens = self.tokens(x, gamma, marks, keyed=keyed)
         judges = self.snr is not None or self.resonance is not None
         length, found = x.shape[1], []
         for first in range(0, length, self.chunk if judges else length):
@@ -171,6 +171,17 @@ class ModulatedMemory(nn.Module):
             found.append(worked)
         worked = {name: _joined([part[name] for part in found]) for name in found[0]}
         return self.hebbian.output(worked.pop("read")), state, worked
+
+    def tokens(
+        self,
+        x: Float[Tensor, "b n d"],
+        gamma: Float[Tensor, "b n h"],
+        marks: Marks,
+        *,
+        keyed: Float[Tensor, "b n d"] | None = None,
+    ) -> Tokens:
+        """Return what the memory would work with if nothing were judged; the arguments are those of ``forward``."""
+        return self._stepped(x, marks.real, self.hebbian.tokens(x, marks.real, gamma, keyed))
 
     def judge(self, weights: Float[Tensor, "b h k v"]) -> MemoryState:
         """Return the state that a chunk begins with instead of this one, and its excesses."""
