@@ -35,7 +35,8 @@ from so8t_torch.train.logits.store import Store
 from so8t_torch.train.logits.writer import Writer
 from so8t_torch.train.loss import LossAtHead
 from so8t_torch.train.penalty import ResidualTap
-from so8t_torch.train.trainer import LAST_STATES, decoder_and_head
+from so8t_torch.train.preconditions import decoder_and_head
+from so8t_torch.train.trainer import LAST_STATES
 
 COMPONENT = "logits"
 ROOM = "rotation"

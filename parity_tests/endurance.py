@@ -119,7 +119,8 @@ def _allowed(draws: list[_Draw]) -> dict[str, float]:
     for draw in draws:
         for deviation, bar in zip(draw.deviations, draw.bars, strict=True):
             errors[deviation.what].append(deviation)
-            bars[deviation.what] += [] if bar is None else [bar]
+            # where float32 overflows in plain arithmetic, it measures nothing
+            bars[deviation.what] += [] if bar is None or not np.isfinite(bar) else [bar]
     found = {}
     for what, deviations in errors.items():
         dtype, budget = deviations[0].dtype, deviations[0].budget

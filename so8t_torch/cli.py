@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from so8t_torch.core.config import dump_config, load_config, parse_config
@@ -226,7 +227,7 @@ def triage(
     ] = None,
 ) -> None:
     """Measure ALLOW / ESCALATE / REFUSE decisions with intervals; unsafe-allow rate first."""
-    from so8t_torch.train.run import evaluate_run
+    from so8t_torch.train.evaluation import evaluate_run
 
     Console().print(evaluate_run(run, data=data).table())
 
@@ -245,8 +246,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Write text as it is generated, then say how fast, and how many bytes of state it took."""
+    from transformers.utils.logging import disable_progress_bar
+
     from so8t_torch.models.streaming import Drawing, Writing, load
 
+    disable_progress_bar()
     drawing = Drawing(tokens, temperature, top_k, top_p, seed)
     writing = Writing(*load(run), prompt, drawing)
     for piece in writing:
@@ -265,8 +269,7 @@ def show(path: Saved, plot: Plot = None, tokenizer: Spelling = None) -> None:
     """Print loss, entropy, accuracy and calibration of saved logits, and the tokens most often predicted."""
     from so8t_torch.train.logits.reports import show as tables
 
-    for table in tables(path, plot=plot, tokenizer=tokenizer):
-        Console().print(table)
+    _print(tables(path, plot=plot, tokenizer=tokenizer))
 
 
 @saved_logits.command(epilog="Example: [bold]so8t logits compare RUN_A RUN_B --plot logits.png[/bold]")
@@ -274,8 +277,12 @@ def compare(first: Saved, second: Saved, plot: Plot = None, tokenizer: Spelling 
     """Compare saved logits step by step; on the same tokens also how far the predictions moved."""
     from so8t_torch.train.logits.reports import compare as tables
 
-    for table in tables(first, second, plot=plot, tokenizer=tokenizer):
-        Console().print(table)
+    _print(tables(first, second, plot=plot, tokenizer=tokenizer))
+
+
+def _print(tables: list[Table]) -> None:
+    for table in tables:
+        Console().print(table, "")
 
 
 @data_files.command(

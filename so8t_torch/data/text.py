@@ -27,7 +27,17 @@ LARGEST = 1 << 30
 """Bytes of one file at most."""
 
 STDLIB = "stdlib"
-_LEFT_OUT = {"test", "tests", "encodings", "idlelib", "site-packages", "dist-packages", "lib2to3", "turtledemo"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "encodings",
+    "idlelib",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "turtledemo",
+}
 
 
 class TextSection(Section):

@@ -33,14 +33,17 @@ from so8t_torch.data.records import Record, read_file
 from so8t_torch.data.scenarios import scenario_records
 from so8t_torch.data.text import Text
 from so8t_torch.train.config import AdapterSection, DataSection, LoadingSection, TrainConfig
-from so8t_torch.train.trained import check_trainable
+from so8t_torch.train.fingerprint import Fingerprint, of_folder
+from so8t_torch.train.preconditions import check_trainable
 
 MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs: model, tokenizer, encoded rows, and the held-out data as they were read."""
+    """Everything a run needs: model, tokenizer, encoded rows, the held-out data as they were read, and the fingerprint
+    of a frozen base.
+    """
 
     model: PeftModel | PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -50,6 +53,7 @@ class Job:
     held_out: Sequence[Encoded]
     held_out_report: EncodingReport | None
     held_out_records: list[Record]
+    base: Fingerprint
     text: Text | None = None
 
 
@@ -70,9 +74,11 @@ def build(config: TrainConfig) -> Job:
     routed = config.adapter.train_gates == "routed"
     collator = Collator(pad, tokenizer.padding_side, routed=routed)
     set_seed(config.seed)
-    model = adapt(load_model(source, revision, config.loading), config.adapter)
+    loaded = load_model(source, revision, config.loading)
+    base = base_fingerprint(source, loaded)
+    model = adapt(loaded, config.adapter)
     check_trainable(model)
-    return Job(model, tokenizer, collator, rows, report, held_rows, held_report, held_out)
+    return Job(model, tokenizer, collator, rows, report, held_rows, held_report, held_out, base)
 
 
 def base_source(config: TrainConfig) -> tuple[str, str | None]:
@@ -86,6 +92,13 @@ def base_source(config: TrainConfig) -> tuple[str, str | None]:
 
     directory = build_base(section, config.output_dir.parent / "bases", threads=thread_count(config))
     return str(directory.resolve()), None
+
+
+def base_fingerprint(source: str, loaded: PreTrainedModel) -> Fingerprint:
+    """Return what a resumed run compares its base by: of a local folder its files, else the commit that was loaded."""
+    if os.path.isdir(source):
+        return of_folder(Path(source))
+    return {"repository": source, "commit": getattr(loaded.config, "_commit_hash", None)}
 
 
 def thread_count(config: TrainConfig) -> int:

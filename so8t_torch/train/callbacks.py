@@ -12,7 +12,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from so8t_torch.train.folder import RunFolder
-from so8t_torch.train.journal import Journal
 from so8t_torch.train.table import write_table
 
 _EVALUATION = re.compile(r"^eval_")
@@ -26,7 +25,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._metrics = Journal(folder.metrics)
+        self._metrics = folder.log
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -40,7 +39,10 @@ class Recorder(TrainerCallback):
         """Note the checkpoint, if there is one: a state that is not finite is not written."""
         del args, control, kwargs
         path = Path("checkpoints") / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and (self._folder.path / path).is_dir():
+        if not state.is_world_process_zero:
+            return
+        self._folder.settle()
+        if (self._folder.path / path).is_dir():
             self._folder.event("checkpoint", step=state.global_step, path=path.as_posix())
             with contextlib.suppress(OSError):  # made again at the end, where a disk that refuses it is an error
                 write_table(self._folder.metrics, self._folder.table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import CheckpointError
+from so8t_torch.core.files import read_text
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
+MAX_JSON_BYTES = 1 << 28
+"""Of a state: the longest holds the log of every step."""
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -107,7 +111,7 @@ def read_state(folder: Path, name: str) -> Any:
         CheckpointError: a file is missing or damaged.
     """
     try:
-        plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        plain = json.loads(read_text(folder / f"{name}.json", CheckpointError, limit=MAX_JSON_BYTES))
         path = folder / f"{name}.safetensors"
         return unpack(plain, load_file(path) if path.is_file() else {})
     except CheckpointError:
@@ -227,10 +231,15 @@ def read_foreign(path: str | Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file that is none of torch's its reader says whatever it trips over
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} is not a file of tensors and plain values ({reason:.200}); it stays unread."
+            f"{path} is not a file of tensors and plain values ({_reason(error)}); it stays unread."
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; expected a dictionary of tensors.")
     return found
+
+
+def _reason(error: Exception) -> str:
+    """Return what of a reader's error tells about the file; advice on how to execute it is left out."""
+    refused = re.search(r"Unsupported \w+: .*?(?=was not an allowed| that|$)", str(error), re.MULTILINE)
+    return f"{type(error).__name__}: {(refused[0] if refused else str(error)).strip():.200}".splitlines()[0]

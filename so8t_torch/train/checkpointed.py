@@ -30,27 +30,31 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from so8t_torch.core.errors import CheckpointError, TrainingError
+from so8t_torch.core.files import opened
 from so8t_torch.data.chat import Encoded
 from so8t_torch.train import checkpoint_state as files
 from so8t_torch.train import checkpoints
 from so8t_torch.train.data_order import Consumption, Span, Stream
+from so8t_torch.train.fingerprint import Fingerprint, changes
 from so8t_torch.train.health import scan
 from so8t_torch.train.manifest import Health, Manifest, read_manifest
 from so8t_torch.train.rollback import Recovery, RollbackRequested, TrainingExtra
 from so8t_torch.train.sharding import is_sharded
+from so8t_torch.train.start import Start
 
 STATE = "so8t_state"
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """How checkpoints of a run are marked and how many stay; see ``checkpoints.rotate``."""
+    """How checkpoints of a run are marked, by settings and base, and how many stay; see ``checkpoints.rotate``."""
 
     config_hash: str = ""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     keep: int = 5
     best: bool = True
     horizon: int = 0
+    base: Fingerprint = field(default_factory=dict)
 
 
 class CheckpointedTrainer(Trainer):
@@ -77,6 +81,8 @@ class CheckpointedTrainer(Trainer):
         self._digest = digest(rows)
         self._step_loss: tuple[int, Tensor | None] = (-1, None)
         self._norm: Any = None
+        self._under_way = 0
+        self.start = Start(self.model)
         self.add_callback(_TakeUp(self))
 
     @property
@@ -85,16 +91,17 @@ class CheckpointedTrainer(Trainer):
         return checkpoints.Expected(self.keeping.config_hash, self.recovery)
 
     def seen_since(self, step: int) -> Span:
-        """Return the span of the stream read by the steps after ``step``, the one under way included."""
+        """Return the span of the stream read by the steps after ``step``, the one under way or just done included."""
         assert self.stream is not None, "a run has samples"
-        return self.stream.span(self.consumption.after(step), self.consumption.after(self.state.global_step + 1))
+        return self.stream.span(self.consumption.after(step), self.consumption.after(max(self._under_way, step + 1)))
 
-    def rollback(self, reason: str, *, steps_back: int = 0) -> RollbackRequested | None:
-        """Return a request to go back, for the caller to raise, or ``None`` where there is nowhere to go back to.
+    def rollback(self, reason: str, *, steps_back: int = 0) -> RollbackRequested:
+        """Return a request to go back, for the caller to raise.
 
         Args:
             reason: a sentence for the record.
-            steps_back: how far back the checkpoint must at least lie; the oldest is taken where none does.
+            steps_back: how far back the checkpoint must at least lie; the oldest is taken where none does, and the
+                start where there is no checkpoint.
         """
         here = self.state.global_step
         folder = Path(self.args.output_dir)
@@ -102,16 +109,17 @@ class CheckpointedTrainer(Trainer):
         for limit in (here - steps_back, *sorted(step for step, _ in checkpoints.present(folder) if step <= here)):
             found, _ = checkpoints.newest(folder, self.expected, at_most=limit, calm=True)
             if found is not None:
-                return RollbackRequested(found, self.seen_since(read_manifest(found).step), reason)
-        return None
+                step = read_manifest(found).step
+                return RollbackRequested(found, self.seen_since(step), reason, self._under_way - step)
+        return RollbackRequested(None, self.seen_since(0), reason, self._under_way)
 
     def grant(self, request: RollbackRequested) -> Recovery:
         """Leave out the samples of a request from now on; return what ``recovery.json`` has to hold before the rest."""
         assert self.stream is not None, "a run has samples"
         self.recovery = self.recovery.after(request, self.extras)
         self.stream.skipped = self.recovery.skipped
-        # measured once already
-        self.args.eval_on_start = False
+        # measured once already, and noted in the checkpoint
+        self.args.eval_on_start = request.checkpoint is None and self.eval_dataset is not None
         self.current_flos = 0.0
         return self.recovery
 
@@ -124,9 +132,25 @@ class CheckpointedTrainer(Trainer):
     # what follows replaces the library's own
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train, from a checkpoint if one is named."""
+        """Train, from a checkpoint if one is named, else from the start, also where some steps were taken already."""
         self._resumed = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        if self._resumed is not None:
+            with opened(self._resumed / TRAINER_STATE_NAME, CheckpointError, limit=files.MAX_JSON_BYTES):
+                pass  # the library reads it whole, whatever its size
+        if self._resumed is None and self.optimizer is not None:
+            self.begin_anew()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def begin_anew(self) -> None:
+        """Be as the run was before its first step; the library makes a schedule and a record of its own."""
+        self.start.restore(self.model)
+        self.optimizer.state.clear()
+        self._step_loss, self._norm = (-1, None), None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of one optimiser step, as the library does, and remember which step reads them."""
+        self._under_way = self.state.global_step + 1
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         del train_dataset
@@ -242,7 +266,7 @@ class CheckpointedTrainer(Trainer):
         self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
         extras = {extra.name: extra.state() for extra in self.extras}
         data = {"samples": self.consumption.samples, "sha256": self._digest}
-        state = {"version": 1, "data": data, "phases": self.phases(), "extras": extras}
+        state = {"version": 1, "base": dict(self.keeping.base), "data": data, "phases": self.phases(), "extras": extras}
         (waiting / f"{STATE}.json").write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def _manifest(self, health: Health) -> Manifest:
@@ -271,7 +295,13 @@ class CheckpointedTrainer(Trainer):
                 f"{folder} was written by {processes} processes, and {self.args.world_size} train now; the steps would "
                 "be others. Start as many as before, or begin a new run."
             )
-        data = files.read_state(folder, STATE)["data"]
+        state = files.read_state(folder, STATE)
+        if changed := changes(state["base"], self.keeping.base):
+            raise CheckpointError(
+                f"{folder} was trained on another base: {'; '.join(changed)}. What was learned does not fit this one. "
+                "Restore the base as it was, or begin a new run."
+            )
+        data = state["data"]
         if data != {"samples": self.consumption.samples, "sha256": self._digest}:
             raise CheckpointError(
                 f"{folder} learned from {data['samples']:,} samples, and these {self.consumption.samples:,} are not "
@@ -300,19 +330,21 @@ class CheckpointedTrainer(Trainer):
         Raises:
             CheckpointError: the run would go on at another place of its schedules.
         """
-        if self._resumed is None:
-            return
-        self.load_loop_state(self._of_process(self._resumed)["loop"])
-        state = files.read_state(self._resumed, STATE)
-        if state["phases"] != self.phases():
-            raise CheckpointError(
-                f"{self._resumed} was at {state['phases']} of its schedules; this run would go on at {self.phases()}."
-            )
-        older = read_manifest(self._resumed).rollbacks < self.recovery.rollbacks
-        states = self.recovery.extras if older else state["extras"]
+        states = self.recovery.extras if self._resumed is None else self._restored(self._resumed)
         for extra in self.extras:
             if extra.name in states:
                 extra.load(states[extra.name])
+
+    def _restored(self, folder: Path) -> Mapping[str, Any]:
+        """Restore this process' part of a checkpoint; return the states for the extras."""
+        self.load_loop_state(self._of_process(folder)["loop"])
+        state = files.read_state(folder, STATE)
+        if state["phases"] != self.phases():
+            raise CheckpointError(
+                f"{folder} was at {state['phases']} of its schedules; this run would go on at {self.phases()}."
+            )
+        older = read_manifest(folder).rollbacks < self.recovery.rollbacks
+        return self.recovery.extras if older else state["extras"]
 
     def _here(self, row: Mapping[str, Any]) -> bool:
         return row.get("step") == self.state.global_step

@@ -24,6 +24,8 @@ from so8t_torch.train.rollback import Recovery
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _TEMPORARY = ".tmp-"
 
+LEFT_OUT = "it learned from samples that a roll-back has since left out"
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -47,7 +49,7 @@ class Expected:
         if ours == its:
             return None
         if merged([*ours, *its]) == ours:
-            return "it learned from samples that a roll-back has since left out"
+            return LEFT_OUT
         return f"it left out samples that the run's {RECOVERY} does not name"
 
 

@@ -21,6 +21,9 @@ from so8t_torch.train.scratch import ScratchBase
 
 Positive = Annotated[int, Field(ge=1)]
 
+SHORTEST_HISTORY = 10
+"""Losses from which a median and a spread can be told from noise."""
+
 
 class PretrainedBase(Section):
     """A base model read from a directory or a hub id."""
@@ -171,9 +174,9 @@ class RecoverySection(Section):
 
     A loss is a spike over median + max(``spike_mads`` MAD, ``spike_floor`` nats) of the last ``window`` steps, once
     there were ``history`` of them; ``divergence_steps`` losses in a row over ``divergence_ratio`` averages (plus the
-    floor) roll back, ``rollback_distance`` steps at least. More than ``recoveries`` in ``recovery_window`` steps stop
-    the run with exit code 75; 0 stops at the first fault. ``reinitialise`` allows resetting a layer, which is meant
-    for models trained from scratch.
+    floor) roll back, ``rollback_distance`` steps at least. More than ``recoveries`` in ``recovery_window`` steps, those
+    done again not counted, stop the run with exit code 75; 0 stops at the first fault. ``reinitialise`` allows
+    resetting a layer, which is meant for models trained from scratch.
     """
 
     window: Positive = 200
@@ -262,6 +265,7 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"penalty.weights must not be negative, got {config.penalty.weights}."
     if config.recovery.reinitialise and config.base is not None and config.base.kind == "pretrained":
         yield "recovery.reinitialise is for models trained from scratch, but base.kind is pretrained."
+    yield from _recovery_contradictions(config.recovery)
     held_out = any(part is not None for part in (config.data.eval, config.data.scenarios, config.data.text))
     if (config.evaluation.every_steps or config.evaluation.triage) and not held_out:
         yield "evaluation needs held-out data: give data.eval or data.scenarios."
@@ -287,6 +291,24 @@ def _text_contradictions(config: TrainConfig, text: TextSection) -> Iterator[str
         yield "evaluation.triage needs labelled conversations, and data.text has none."
     if (text.vocabulary is not None) != (text.tokenizer == "bpe"):
         yield "data.text.vocabulary belongs to the tokenizer bpe, which needs it."
+
+
+def _recovery_contradictions(recovery: RecoverySection) -> Iterator[str]:
+    if recovery.history < SHORTEST_HISTORY:
+        yield (
+            f"recovery.history {recovery.history} is too short: the median and spread of fewer than {SHORTEST_HISTORY} "
+            "losses are noise, so ordinary steps would count as spikes, and the run would go back again and again."
+        )
+    if recovery.window < recovery.history:
+        yield (
+            f"recovery.window {recovery.window} remembers fewer losses than recovery.history {recovery.history} waits "
+            "for: no loss would ever count as a spike."
+        )
+    if recovery.recovery_window <= recovery.recoveries:
+        yield (
+            f"recovery.recovery_window {recovery.recovery_window} has no room for more than recovery.recoveries "
+            f"{recovery.recoveries}: a fault in every step would roll back for ever and never stop the run."
+        )
 
 
 def _adapter_contradictions(adapter: AdapterSection) -> Iterator[str]:

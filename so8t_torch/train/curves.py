@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from so8t_torch.data.records import parse_json_object
 from so8t_torch.train.folder import read_metrics
+from so8t_torch.train.journal import read_rows
 
 Rows = list[dict[str, Any]]
 
@@ -32,13 +33,18 @@ MARKS = {
 """Colour of each kind of event."""
 
 
-def draw_curves(metrics: Path, picture: Path, events: Path | None = None) -> None:
+def draw_curves(
+    metrics: Path, picture: Path, events: Path | None = None, others: Mapping[str, float] | None = None
+) -> None:
     """Draw losses, penalty, gradient norm, gate geometry, learning rates and throughput against the optimiser step.
+
+    A run on text has bits per byte in the place of the penalty, beside those of other methods where they are known.
 
     Args:
         metrics: ``metrics.jsonl`` of a run.
         picture: PNG to write.
         events: ``events.jsonl`` of the run; recoveries and resumes are marked in every panel.
+        others: bits per byte of other methods on the held-out text, by name.
     """
     rows = read_metrics(metrics)
     train = [row for row in rows if row["kind"] == "train"]
@@ -48,7 +54,10 @@ def draw_curves(metrics: Path, picture: Path, events: Path | None = None) -> Non
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 4)
     _language_model(axes[0, 0], train, held_out)
-    _penalty(axes[0, 1], train)
+    if any("eval/bits_per_byte" in row for row in held_out):
+        _bits(axes[0, 1], held_out, {} if others is None else others)
+    else:
+        _penalty(axes[0, 1], train)
     _gradient(axes[0, 2], train)
     _rates(axes[0, 3], train)
     _angles(axes[1, 0], train)
@@ -71,10 +80,11 @@ def read_marks(events: Path) -> list[tuple[int, str]]:
 
     Args:
         events: ``events.jsonl`` of a run; other events, and kinds without a colour, are passed over.
+
+    Raises:
+        DataError: as for ``read_rows``.
     """
-    lines = events.read_text(encoding="utf-8").splitlines()
-    rows = [parse_json_object(line, f"{events}:{number}") for number, line in enumerate(lines, 1)]
-    return [mark for row in rows if (mark := _mark(row)) is not None]
+    return [mark for row in read_rows(events) if (mark := _mark(row)) is not None]
 
 
 def _mark(row: dict[str, Any]) -> tuple[int, str] | None:
@@ -124,6 +134,13 @@ def _penalty(axis: Axes, train: Rows) -> None:
         _line(axis, train, "loss/pet_weighted", "λ · PET", color=HELD_OUT)
         axis.set_yscale("log")
     _legend(axis, "second-difference penalty", "mean squared Δ²h")
+
+
+def _bits(axis: Axes, held_out: Rows, others: Mapping[str, float]) -> None:
+    _line(axis, held_out, "eval/bits_per_byte", "this run", color=HELD_OUT)
+    for (name, bits), shade in zip(others.items(), (TRAIN, THIRD, "grey"), strict=False):
+        axis.axhline(bits, color=shade, linestyle=":", label=name.replace("_", " "))
+    _legend(axis, "held-out text", "bits per byte")
 
 
 def _angles(axis: Axes, train: Rows) -> None:

@@ -31,6 +31,7 @@ from so8t_torch.adapter import GateSummary, bake, gate_summary
 from so8t_torch.adapter.bake import BakeReport
 from so8t_torch.core.config import load_config
 from so8t_torch.core.errors import ConfigError
+from so8t_torch.core.json_text import read_object
 from so8t_torch.data.docstrings import documentation_strings
 from so8t_torch.data.records import Record
 from so8t_torch.data.scenarios import ScenarioSection, novelty, scenario_records
@@ -142,7 +143,7 @@ def run_demo(
         with _timed(clock, "bake"):
             baked = bake(combined.output_dir / "adapter", output / "baked", prompts=_prompts(combined.data.scenarios))
     clock["whole"] = time.monotonic() - started
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = read_object(folder / RECORD, ConfigError)
     comparison = Comparison(
         outcomes=tuple(outcomes),
         base=record,

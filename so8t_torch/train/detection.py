@@ -7,7 +7,7 @@
 
 MAD is the median distance from the median; the floor (nats per token) keeps a small loss with little spread from
 raising alarms. A step of an optimiser moves no number by six orders of magnitude; where that happens, memory was
-corrupted. Maximum norms carry NaN and Inf along, so one number per tensor tells both, and one transfer all of them.
+corrupted.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import math
 import re
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from so8t_torch.train.health import measurable
 from so8t_torch.train.ladder import Cause, Fault
 
 JUMP = 1e6
@@ -136,38 +136,18 @@ class LossWatch:
         self._average, self._above = state["average"], state["above"]
 
 
-def magnitudes(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the largest absolute value of each tensor (of this process' part of it), NaN where it holds one.
-
-    Args:
-        tensors: floating; an empty one counts as zero.
-        device: where the result is wanted.
-    """
-    parts = [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors]
-    found = torch.zeros(len(parts), dtype=torch.float64, device=device)
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, part in enumerate(parts):
-        if part.numel():
-            alike.setdefault((part.device, part.dtype), []).append(place)
-    # of one kind they are measured in one kernel, and moved in one
-    for places in alike.values():
-        norms = torch._foreach_norm([parts[place] for place in places], math.inf)
-        found[places] = torch.stack(norms).to(device, torch.float64)
-    return found
-
-
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that training moves, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the optimiser's floating state of each parameter as ``name:key``."""
+    """Return the optimiser's measurable state of each parameter as ``name:key``."""
     return {
         f"{name}:{key}": value
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
-        if key not in NOT_MOMENTS and isinstance(value, Tensor) and value.is_floating_point()
+        if key not in NOT_MOMENTS and isinstance(value, Tensor) and measurable(value)
     }
 
 

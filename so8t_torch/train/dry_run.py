@@ -22,6 +22,8 @@ def describe(config: TrainConfig, job: Job, console: Console) -> None:
     if config.model is not None:
         console.print("first row, of which every token is learned:", style="bold")
         console.print(job.tokenizer.decode(job.rows[0].input_ids), markup=False, highlight=False)
+        if config.model.kind in ("phase1", "phase2"):
+            console.print(plan(config).table())
         return
     console.print("first conversation, learned part between ⟦ ⟧:", style="bold")
     console.print(show_supervision(job.rows[0], job.tokenizer), markup=False, highlight=False)

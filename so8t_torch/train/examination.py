@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from so8t_torch.core.errors import TrainingError
-from so8t_torch.train.detection import Limits, LossWatch, StateWatch, layer_of, magnitudes, moments, trainable
+from so8t_torch.train.detection import Limits, LossWatch, StateWatch, layer_of, moments, trainable
+from so8t_torch.train.health import magnitudes, measurable
 from so8t_torch.train.ladder import Cause, Fault
 
 Sizes = dict[str, float]
@@ -153,7 +154,7 @@ class Examination:
     def _frozen(self) -> Fault | None:
         """Return the fault of a frozen weight that is not finite; looked for only where the loss is not."""
         assert self._model is not None, "a step is judged only while training"
-        held = {n: p for n, p in self._model.named_parameters() if not p.requires_grad and p.is_floating_point()}
+        held = {n: p for n, p in self._model.named_parameters() if not p.requires_grad and measurable(p)}
         group = (list(held), magnitudes([*held.values()], self._device))
         read = _read(torch.zeros(0, device=self._device), {"frozen": group})[1]["frozen"]
         bad = [name for name, size in read.items() if not math.isfinite(size)]

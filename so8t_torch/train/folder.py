@@ -24,15 +24,16 @@ from typing import Any
 
 from so8t_torch.core.config import dump_config, load_config
 from so8t_torch.core.errors import CheckpointError, ConfigError
-from so8t_torch.data.records import parse_json_object
 from so8t_torch.train import checkpoints
 from so8t_torch.train.config import TrainConfig
-from so8t_torch.train.journal import Journal, append_whole, json_line
+from so8t_torch.train.journal import Journal, on_terminal, read_rows
 from so8t_torch.train.manifest import write_bytes
 from so8t_torch.train.rollback import FILE, Recovery, read_recovery
 
 FREE_ON_RESUME = ("output_dir", "threads", "card", "recording", "logits", "checkpoint", "evaluation")
 """Settings that a resumed run may change; every other one would make it a different run."""
+
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class RunFolder:
         self.model = path / "model"
         self.logits = path / "logits"
         self.evaluation = path / "eval"
+        self.log = Journal(self.metrics)
         self._journal = Journal(self.events)
+        self._unwritten: Recovery | None = None
 
     def begin(self, config: TrainConfig) -> None:
         """Create the folder for a new run, its configuration first, so that a run cut off here can go on.
@@ -143,7 +146,8 @@ class RunFolder:
         """Return where a resumed run begins.
 
         ``"auto"`` takes the youngest checkpoint that verifies and belongs to the run. A run that was cut off before
-        it wrote its first begins at step 0; one whose checkpoints are all damaged does not.
+        it wrote its first, or after a roll-back to the start, begins at step 0; one whose checkpoints are damaged does
+        not.
 
         Args:
             resume: ``"auto"`` or the path of a checkpoint.
@@ -164,7 +168,8 @@ class RunFolder:
             return Start(self._named(resume, expected), recovery, [])
         found, passed_over = checkpoints.newest(self.checkpoints, expected)
         begun = self.config.is_file() or (self.path.exists() and self._empty())
-        if found is None and passed_over:
+        back_at_start = recovery.to_start and all(reason == checkpoints.LEFT_OUT for _, reason in passed_over)
+        if found is None and passed_over and not back_at_start:
             listed = "".join(f"\n  {name}: {reason}" for name, reason in passed_over)
             raise CheckpointError(f"--resume auto: no complete checkpoint at {self.checkpoints}; passed over:{listed}")
         if found is None and not begun:
@@ -187,23 +192,62 @@ class RunFolder:
         return folder
 
     def write_recovery(self, recovery: Recovery) -> None:
-        """Write ``recovery.json`` so that it is on the disk before anything follows."""
-        text = json.dumps(recovery.as_json(), ensure_ascii=False, indent=1, allow_nan=False)
-        write_bytes(self.path / FILE, text.encode())
+        """Write ``recovery.json`` before anything follows; it waits in memory while the disk refuses it."""
+        self._unwritten = recovery
+        error = self.settle()
+        if error is not None:
+            on_terminal(
+                f"training goes on, {self.path / FILE} waits in memory ({error}); a process that dies before it is "
+                "written forgets this roll-back, and a resumed run reads the same samples again"
+            )
+
+    def settle(self) -> OSError | None:
+        """Write ``recovery.json`` if it waits; return why that failed."""
+        if self._unwritten is None:
+            return None
+        text = json.dumps(self._unwritten.as_json(), ensure_ascii=False, indent=1, allow_nan=False)
+        try:
+            write_bytes(self.path / FILE, text.encode())
+        except OSError as error:
+            return error
+        self._unwritten = None
+        return None
+
+    def close(self) -> None:
+        """Write what waits in memory, for the last time; where the disk still refuses it, say what is lost."""
+        error = self.settle()
+        if error is not None:
+            on_terminal(
+                f"{self.path / FILE} is lost ({error}); checkpoints since the last roll-back will be passed over"
+            )
+        self.log.close()
+        self._journal.close()
 
     def _same_run(self, config: TrainConfig) -> None:
         before = load_config(TrainConfig, self.config).model_dump(mode="json", exclude=set(FREE_ON_RESUME))
         now = config.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
-        changed = [name for name in now if now[name] != before[name]]
+        changed = "".join(f"\n  {line}" for line in _changes(before, now))
         if changed:
             raise ConfigError(
-                f"--resume: {', '.join(changed)} differ from {self.config}; a resumed run keeps its settings (only "
-                f"{', '.join(FREE_ON_RESUME)} may change). Start a new output_dir for a different run."
+                f"--resume: these settings are not those of {self.config}:{changed}\nA resumed run keeps its settings "
+                f"(only {', '.join(FREE_ON_RESUME)} may change). Take the settings of that file, or start a new "
+                "output_dir for a different run."
             )
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970; it waits in memory while the disk refuses it."""
         self._journal.add({"event": kind, "time": round(time.time(), 3), **fields})
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Yield each key that two trees of settings hold differently, with the value before and now."""
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{path}{name}.")
+        elif old != new:
+            spelled = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+            yield f"{path}{name}: {spelled[0]} then, {spelled[1]} now"
 
 
 def _taken(handle: int) -> bool:
@@ -227,20 +271,18 @@ def cut_off_half_a_line(path: Path) -> None:
     """Cut a text file behind its last whole line."""
     if not path.is_file():
         return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_bytes(path, whole)
-
-
-def append_json(path: Path, row: dict[str, Any]) -> None:
-    """Append one line of JSON, whole or not at all.
-
-    Raises:
-        TrainingError: a number is not finite; such a number is an error, never a record.
-        OSError: the disk refuses it.
-    """
-    append_whole(path, json_line(row, path))
+    with path.open("r+b") as handle:
+        kept = size = handle.seek(0, os.SEEK_END)
+        while kept:
+            start = max(0, kept - _BLOCK)
+            handle.seek(start)
+            end = handle.read(kept - start).rfind(b"\n") + 1
+            kept = start + end
+            if end:
+                break
+        if kept != size:
+            handle.truncate(kept)
+            os.fsync(handle.fileno())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -255,8 +297,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path: ``metrics.jsonl`` of a run.
+
+    Raises:
+        DataError: as for ``read_rows``.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [parse_json_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-    latest = {(row["step"], row["kind"]): row for row in rows}
+    latest = {(row["step"], row["kind"]): row for row in read_rows(path)}
     return sorted(latest.values(), key=lambda row: row["step"])

@@ -12,29 +12,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from so8t_torch.core.errors import TrainingError
+from so8t_torch.train.checkpoint_state import like
 from so8t_torch.train.config import RecoverySection
-from so8t_torch.train.detection import Limits, layer_of, trainable
+from so8t_torch.train.detection import Limits, LossWatch, layer_of
 from so8t_torch.train.examination import Examination
 from so8t_torch.train.ladder import STATE, Cause, Decision, Fault, Ladder, Rules, Sink, Stage
+from so8t_torch.train.rollback import RollbackRequested
 
-GoBack = Callable[[str, int], Exception | None]
-"""From a reason and the number of steps to go back at least, to what has to be raised; ``None``: there is no way."""
-
-NOWHERE = "no healthy checkpoint to go back to"
-"""Why a run stops whose first checkpoint comes too late, or was written while it recovered."""
+GoBack = Callable[[str, int], RollbackRequested]
+"""From a reason and the number of steps to go back at least, to what has to be raised."""
 
 GO_ON = (
     "What is checkpointed stays untouched. Read post_mortem.json, look at the data, then go on with --resume auto, "
     "or begin a new run with a lower training.lr or gate_lr."
-)
-
-BEGIN_ANEW = (
-    "Read post_mortem.json, look at the data, then begin a new run with a lower training.lr or gate_lr, or with more "
-    "frequent checkpoints; --resume auto would meet the same fault again."
 )
 
 
@@ -51,7 +45,8 @@ class Guard(TrainerCallback):
         settings: of detection and ladder.
         record: gets each transition, and the post-mortem with ``transition`` "post-mortem".
 
-    ``on_drop``, ``samples`` (the span of the stream that a step reads) and ``go_back`` are the trainer's to set.
+    ``on_drop``, ``samples`` (the span of the stream that a step reads), ``go_back`` and ``initial`` (the numbers to
+    which ``reinitialise`` resets a layer) are the trainer's to set.
     """
 
     name = "recovery"
@@ -64,10 +59,11 @@ class Guard(TrainerCallback):
         self.on_drop: Callable[[], None] | None = None
         self.samples: Callable[[int], list[int]] | None = None
         self.go_back: GoBack | None = None
-        self._initial: dict[str, Tensor] = {}
+        self.initial: Mapping[str, Tensor] = {}
         self._rates: list[Any] | None = None
         self._hooks: list[Any] = []
         self._step = 0
+        self._examined = False
         self._scheduler: Any = None
 
     @property
@@ -95,10 +91,9 @@ class Guard(TrainerCallback):
         self.examination.load(state["losses"])
         self.kept, self.dropped = state["counts"]
 
-    def remember_start(self, model: nn.Module) -> None:
-        """Keep the numbers to which ``reinitialise`` resets a layer: those of the model as it was built."""
-        if self._settings.reinitialise:
-            self._initial = {name: p.detach().cpu().clone() for name, p in trainable(model).items()}
+    def begin_anew(self) -> None:
+        """Forget all that ``sight`` tells; the ladder stays where it is."""
+        self.load_sight({"losses": LossWatch(limits(self._settings)).state(), "counts": [0, 0]})
 
     def on_train_begin(
         self,
@@ -139,7 +134,7 @@ class Guard(TrainerCallback):
         Args:
             step: number of the step that is about to be taken.
         """
-        self._step = step
+        self._step, self._examined = step, False
         self.examination.begin()
 
     def norm_bound(self, usual: float) -> float:
@@ -148,7 +143,10 @@ class Guard(TrainerCallback):
         return usual if history is None else min(usual, history)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._examined:
+            return  # memory ran out behind the look at this step, and it is taken once more
         found = self.examination.examine(optimizer)
+        self._examined = True
         samples = None if found.fault is None or self.samples is None else self.samples(self._step)
         decision = self.ladder.observe(self._step, found.fault, samples=samples)
         if not decision.drop:
@@ -188,9 +186,10 @@ class Guard(TrainerCallback):
             self.examination.rolled_back()
             distance = 0 if fault.cause in STATE else self._settings.rollback_distance
             reason = f"Step {self._step}: {fault.cause.value}: {fault.detail}."
-            request = None if self.go_back is None else self.go_back(reason, distance)
-            if request is None:
-                self._stop(NOWHERE, fault, optimizer)
+            if self.go_back is None:
+                self._stop("no trainer that could go back", fault, optimizer)
+            request = self.go_back(reason, distance)
+            self.ladder.went_back(request.steps)
             raise request
 
     def on_step_end(
@@ -211,8 +210,8 @@ class Guard(TrainerCallback):
         """Scan parameters and moments now.
 
         Raises:
-            Exception: what ``go_back`` returns, where the state is broken.
-            TrainingStopped: it is broken and there is nothing to go back to.
+            RollbackRequested: the state is broken.
+            TrainingStopped: it is broken once too often.
         """
         fault = self.examination.state_fault(optimizer)
         if fault is not None:
@@ -222,7 +221,7 @@ class Guard(TrainerCallback):
         """Give a layer the numbers it was built with, and its optimiser a clean start."""
         for name, parameter in self.examination.parameters.items():
             if layer_of(name) == layer:
-                parameter.data.copy_(self._initial[name])
+                parameter.data.copy_(like(parameter, self.initial[name]))
                 optimizer.state.pop(parameter, None)
         self.examination.rolled_back()
 
@@ -241,11 +240,10 @@ class Guard(TrainerCallback):
             **self.sight(),
         }
         self.ladder.record(report)
-        advice = BEGIN_ANEW if reason == NOWHERE else GO_ON
         what = "the ladder stopped" if fault is None else f"{fault.cause.value}: {fault.detail}"
         raise TrainingStopped(
             f"Step {self._step}: {what}. Training stops: {reason} ({self.ladder.recoveries} recoveries in the last "
-            f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). {advice}"
+            f"{self._settings.recovery_window} steps, {self._settings.recoveries} allowed). {GO_ON}"
         )
 
 

@@ -12,10 +12,15 @@ from typing import Any
 
 from rich.console import Console
 
-from so8t_torch.core.errors import TrainingError
+from so8t_torch.core.errors import DataError, TrainingError
+from so8t_torch.core.files import read_text
+from so8t_torch.core.json_text import parse_object
 
 WAITING = 10_000
 """Rows that wait at most for a disk that refuses them; older ones are lost, and that is told."""
+
+MAX_BYTES = 1 << 28
+"""Of a file of rows: more than a row of 1 KiB at each of 200,000 steps."""
 
 
 def on_terminal(text: str) -> None:
@@ -33,6 +38,19 @@ def json_line(row: dict[str, Any], path: Path) -> str:
         return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
         raise TrainingError(f"A number to be written to {path} is not finite: {row}") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file.
+
+    Args:
+        path: of at most ``MAX_BYTES``, where each line is one JSON object.
+
+    Raises:
+        DataError: it is absent or larger, or a line is something else; the text names it.
+    """
+    lines = read_text(path, DataError, limit=MAX_BYTES).split("\n")
+    return [parse_object(line, f"{path}:{number}", DataError) for number, line in enumerate(lines, 1) if line]
 
 
 def append_whole(path: Path, text: str) -> None:
@@ -78,12 +96,20 @@ class Journal:
         if len(self._waiting) == WAITING:
             self._tell(f"the oldest row for {self.path} is lost: {WAITING:,} wait for the disk already")
         self._waiting.append(json_line(row, self.path))
+        error = self._write()
+        if error is not None and not self._refused:
+            self._tell(f"training goes on, rows for {self.path} wait in memory: {error}")
+        self._refused = error is not None
+
+    def close(self) -> None:
+        """Write what waits, for the last time; where the disk still refuses it, say what is lost."""
+        if self._waiting and (error := self._write()) is not None:
+            self._tell(f"the last {len(self._waiting):,} rows for {self.path} are lost: {error}")
+
+    def _write(self) -> OSError | None:
         try:
             append_whole(self.path, "".join(self._waiting))
         except OSError as error:
-            if not self._refused:
-                self._tell(f"training goes on, rows for {self.path} wait in memory: {error}")
-            self._refused = True
-            return
+            return error
         self._waiting.clear()
-        self._refused = False
+        return None

@@ -7,8 +7,8 @@ skipped; a second one within ``skip_window`` steps switches clipping on; the nex
 ``cool_floor``; the next rolls back. A fault of the state itself (parameters, moments) and a diverged loss roll back at
 once; where ``reinitialise`` allows it, a layer implicated twice is reset instead. After ``probation`` healthy steps
 the incident is closed and the ladder goes down one stage, again after as many more. More than ``recoveries`` in
-``recovery_window`` steps stop the run, as does a broken
-frozen weight, which no checkpoint holds. Time is counted in steps taken, which a rollback does not turn back.
+``recovery_window`` steps, those done again not counted, stop the run, as does a broken frozen weight, which no
+checkpoint holds. Everything else is counted in steps taken, which a rollback does not turn back.
 """
 
 from __future__ import annotations
@@ -172,6 +172,14 @@ class Ladder:
             self._healthy(step)
             return self._decision(None)
         return self._decision(self._answer(step, fault, context))
+
+    def went_back(self, steps: int) -> None:
+        """Let no recovery grow older by steps that are done again, else a fault that comes back would never stop a run.
+
+        Args:
+            steps: from the checkpoint to the fault.
+        """
+        self._at.recoveries = [clock + steps for clock in self._at.recoveries]
 
     def _answer(self, step: int, fault: Fault, context: dict[str, Any]) -> Stage:
         at, before = self._at, self._at.level

@@ -28,8 +28,8 @@ from so8t_torch.models.configuration import Phase1Config, Phase2Config
 from so8t_torch.models.streaming import Drawing, Writing, make_known
 from so8t_torch.train.building import Job
 from so8t_torch.train.config import ModelSection, TrainConfig
+from so8t_torch.train.preconditions import check_trainable
 from so8t_torch.train.sharding import is_sharded
-from so8t_torch.train.trained import check_trainable
 
 ORDER = 6
 """Of the n-gram model that is reported beside a run."""
@@ -56,7 +56,7 @@ def build(config: TrainConfig) -> Job:
     model.config.use_cache = False
     check_trainable(model)
     collator = PackedCollator(rows.end)
-    return Job(model, tokenizer, collator, rows, rows.report(), held_out, held_out.report(), [], text)
+    return Job(model, tokenizer, collator, rows, rows.report(), held_out, held_out.report(), [], {}, text)
 
 
 def make_tokenizer(section: TextSection, text: Text) -> PreTrainedTokenizerFast:

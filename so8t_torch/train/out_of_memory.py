@@ -1,30 +1,35 @@
-"""What helps when the GPU runs out of memory in a training step, tried in order on the live model.
+"""What helps when the GPU runs out of memory, tried in order on the live model.
 
-    free the cache → checkpointing on → split the micro-batch → lower the active rank → an error that says what fits
+    a training step    free the cache → checkpointing on → split the micro-batch → lower the active rank → error
+    evaluation         free the cache → split the batch → lower the active rank → error
+    the optimiser      take the step back → free the cache → step once more → error
 
-The loss is divided by the counts of the whole optimiser step, so a micro-batch in parts has the gradient it has whole.
-What helped stays in force. A step that failed half-way is done again from its first micro-batch: its gradients are
-partly added up, and nobody can tell which part.
+The error says what would fit. The loss is divided by the counts of the whole optimiser step, so a micro-batch in parts
+has the gradient it has whole. What helped stays in force, also in a run that is taken up from a checkpoint. A step that
+failed half-way is done again from its first micro-batch: its gradients are partly added up, and nobody can tell which
+part.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from so8t_torch.core.failures import VRAMExhaustedError
 from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.ladder import Sink
+from so8t_torch.train.undo import Undo
 
 MIB = 1 << 20
 
 
 class MemoryRelief:
-    """The remedies of one run.
+    """The remedies of one run, which a checkpoint carries along.
 
     Args:
         model: in training.
@@ -34,56 +39,141 @@ class MemoryRelief:
     ``what_fits`` gets the card's bytes and returns sentences about settings that fit; asked when nothing helped.
     """
 
+    name, open_incident = "memory", False
+
     def __init__(self, model: nn.Module, record: Sink, *, alone: bool = True) -> None:
         self._model, self._record, self._alone = model, record, alone
         self.what_fits: Callable[[int], list[str]] | None = None
-        self.parts = 1
+        self.parts = self.evaluation_parts = 1
         self._freed_at: int | None = None
+        self._checkpointing = self._lowered = False
 
-    def next(self, step: int, rows: int, error: str) -> str:
+    def state(self) -> dict[str, Any]:
+        """Return which remedies are in force, as JSON values."""
+        ranks = {name: layer.active_rank for name, layer in _ranked(self._model).items()} if self._lowered else {}
+        parts = {"parts": self.parts, "evaluation_parts": self.evaluation_parts, "freed_at": self._freed_at}
+        return {**parts, "checkpointing": self._checkpointing, "ranks": ranks}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put the remedies in force that ``state`` told."""
+        self.parts, self.evaluation_parts = state["parts"], state["evaluation_parts"]
+        self._freed_at, self._checkpointing = state["freed_at"], state["checkpointing"]
+        if self._checkpointing and not is_checkpointing(self._model):
+            checkpointing_on(self._model)
+        self._lowered = bool(state["ranks"])
+        layers = _ranked(self._model)
+        for name, rank in state["ranks"].items():
+            layers[name].active_rank = rank
+
+    def next(self, step: int, rows: int, error: str, *, evaluating: bool = False) -> str:
         """Apply the next remedy and return its name.
 
         Args:
             step: the optimiser step in which memory ran out.
             rows: of the micro-batch.
             error: what the framework said.
+            evaluating: whether no gradients were asked for, so that recomputing would save nothing.
 
         Raises:
             VRAMExhaustedError: nothing is left to try.
         """
-        # what lies on the heap of a failed step is freed in any case
-        gc.collect()
-        torch.cuda.empty_cache()
-        remedy = self._remedy(step, rows)
-        row = {"transition": "out of memory", "step": step, "remedy": remedy, "parts": self.parts}
-        self._record(row | {"detail": error.partition("\n")[0]})
+        _free()
+        remedy = self._remedy(step, rows, evaluating)
+        self._note(step, remedy, "evaluation" if evaluating else "step", error)
         if remedy is None:
-            raise self._exhausted(step, rows)
+            how = "one row" if evaluating else "checkpointing on, one row"
+            raise self._exhausted(f"step {step} does not fit with {how} of {rows} at a time, at the smallest rank")
         return remedy
 
-    def _remedy(self, step: int, rows: int) -> str | None:
+    def evaluated(self, step: int, inputs: Mapping[str, Any], measure: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+        """Return what a batch measures, row by row, in parts where it does not fit at once.
+
+        Args:
+            step: the last optimiser step.
+            inputs: of the batch, as ``split`` says.
+            measure: from a part of them to a tensor with a row for each of its rows.
+
+        Raises:
+            VRAMExhaustedError: nothing helped.
+        """
+        rows = len(inputs["input_ids"])
+        while True:
+            try:
+                return torch.cat([measure(part) for part in split(inputs, min(self.evaluation_parts, rows))])
+            except torch.OutOfMemoryError as error:
+                said = str(error)
+            self.next(step, rows, said, evaluating=True)
+
+    def watch(self, optimizer: torch.optim.Optimizer, step: Callable[[], int]) -> None:
+        """Have a step of the optimiser in which memory runs out taken back, and taken once more with the cache freed.
+
+        Args:
+            optimizer: before anything wraps its ``step``.
+            step: returns the number of the step under way.
+        """
+        inner = optimizer.step
+
+        def patient(_: torch.optim.Optimizer, *args: Any) -> Any:
+            undo = Undo(optimizer) if self._alone else None
+            for freed in (False, True):
+                try:
+                    return inner(*args)
+                except torch.OutOfMemoryError as error:
+                    said = str(error)
+                self._take_back(undo, step(), said, freed=freed)
+            return None
+
+        # what wraps it next asks for a method
+        vars(optimizer)["step"] = MethodType(patient, optimizer)
+
+    def _take_back(self, undo: Undo | None, step: int, error: str, *, freed: bool) -> None:
+        whole = undo is not None and undo.take_back()
+        _free()
+        remedy = "free" if whole and not freed else None
+        self._note(step, remedy, "optimiser", error)
+        if remedy is None:
+            half = "" if whole else "; it was half done, so the run has to go on from a checkpoint, with --resume auto"
+            less = "training.optimiser adamw_8bit needs a quarter of the memory for its moments"
+            raise self._exhausted(f"the optimiser's part of step {step} does not fit{half}", less)
+
+    def _remedy(self, step: int, rows: int, evaluating: bool) -> str | None:
         if not self._alone:
             return None
         if self._freed_at != step:
             self._freed_at = step
             return "free"
-        if not is_checkpointing(self._model):
+        if not evaluating and not is_checkpointing(self._model):
             checkpointing_on(self._model)
+            self._checkpointing = True
             return "checkpointing"
-        if self.parts < rows:
+        if evaluating and self.evaluation_parts < rows:
+            self.evaluation_parts = min(2 * self.evaluation_parts, rows)
+            return "split"
+        if not evaluating and self.parts < rows:
             self.parts = min(2 * self.parts, rows)
             return "split"
-        return "rank" if lower_rank(self._model) else None
+        if not lower_rank(self._model):
+            return None
+        self._lowered = True
+        return "rank"
 
-    def _exhausted(self, step: int, rows: int) -> VRAMExhaustedError:
+    def _note(self, step: int, remedy: str | None, place: str, error: str) -> None:
+        row = {"transition": "out of memory", "step": step, "place": place, "remedy": remedy}
+        parts = {"parts": self.parts, "evaluation_parts": self.evaluation_parts}
+        self._record(row | parts | {"detail": error.partition("\n")[0]})
+
+    def _exhausted(self, tried: str, *more: str) -> VRAMExhaustedError:
         free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-        tried = f"step {step} does not fit with checkpointing on, one row of {rows} at a time, at the smallest rank"
         if not self._alone:
-            tried = (
-                f"step {step} does not fit; with several processes a step is not tried again, the others wait for it"
-            )
+            tried += "; with several processes nothing is tried, since the others wait"
         fits = self.what_fits(total) if self.what_fits is not None and total else []
-        return VRAMExhaustedError((total - free) / MIB, total / MIB, [tried, *fits])
+        return VRAMExhaustedError((total - free) / MIB, total / MIB, [tried, *more, *fits])
+
+
+def _free() -> None:
+    """Return what nobody holds to the card, also what lies on the heap of a failed step."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def is_checkpointing(model: Any) -> bool:
@@ -98,11 +188,14 @@ def checkpointing_on(model: Any) -> None:
 
 def lower_rank(model: nn.Module) -> bool:
     """Halve the active rank of every layer that adapts it, down to its smallest; return whether one moved."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "active_rank")]
-    movable = [layer for layer in layers if layer.active_rank > layer.min_rank]
+    movable = [layer for layer in _ranked(model).values() if layer.active_rank > layer.min_rank]
     for layer in movable:
         layer.active_rank = max(layer.min_rank, layer.active_rank // 2)
     return bool(movable)
+
+
+def _ranked(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "active_rank")}
 
 
 def split(inputs: Mapping[str, Any], parts: int) -> Iterator[dict[str, Any]]:

@@ -14,10 +14,13 @@ from rich.table import Table
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from so8t_torch.core.errors import ConfigError
+from so8t_torch.models.configuration import Phase1Config, Phase2Config
+from so8t_torch.models.memory import estimate_memory
 from so8t_torch.train import memory
 from so8t_torch.train.building import adapt, base_source, resolve_dtype
 from so8t_torch.train.cards import CUDA_CONTEXT, GIB, HEADROOM, Card, find_card
 from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.language import configuration
 from so8t_torch.train.scratch import architecture
 
 MIB = 1 << 20
@@ -79,12 +82,13 @@ def plan(config: TrainConfig, card: str | None = None) -> Plan:
         card: name of a card in ``cards.CARDS``; ``None`` takes the one in the settings.
 
     Raises:
-        ConfigError: the card is unknown, the base's configuration cannot be read, or the run trains a whole model.
+        ConfigError: the card is unknown, the base's configuration cannot be read, or a model of another library is
+            trained whole.
     """
-    if config.model is not None:
-        raise ConfigError("so8t plan counts an adapter on a frozen base; this run trains a whole model.")
     name = card or config.card
     chosen = None if name is None else find_card(name)
+    if config.model is not None:
+        return whole_plan(config, chosen)
     dtype = planned_dtype(config, chosen)
     settings = base_configuration(config)
     AttentionInterface.register("so8t_plan", memory.fused_attention)
@@ -95,6 +99,53 @@ def plan(config: TrainConfig, card: str | None = None) -> Plan:
         parameters = sum(p.numel() for p in model.parameters())
         adapted = adapt(model.requires_grad_(False), config.adapter)
         return _collect(config, adapted, base, parameters, dtype, chosen)
+
+
+def whole_plan(config: TrainConfig, card: Card | None) -> Plan:
+    """Count the memory of a run that trains a whole model; one block is run on the CPU to see what it keeps.
+
+    Args:
+        config: of such a run.
+        card: to compare with.
+
+    Raises:
+        ConfigError: the model is of another library, or its fields make none.
+    """
+    section, text, training = config.model, config.data.text, config.training
+    assert section is not None, "the settings were checked: a whole model is trained"
+    assert text is not None, "the settings were checked: it learns a text"
+    settings = configuration(section, text.vocabulary or 257, text.length)
+    if not isinstance(settings, Phase1Config | Phase2Config):
+        raise ConfigError(f"so8t plan counts adapters and the models phase1 and phase2, not {section.kind}.")
+    dtype = planned_dtype(config, card)
+    found = estimate_memory(
+        settings,
+        batch_size=training.batch_size,
+        length=text.length + 1,
+        autocast=None if dtype == torch.float32 else dtype,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    count = found.parameter_count
+    states = count * (2 if training.optimiser.endswith("8bit") else 8)
+    logits = memory.loss_bytes(settings.vocab_size, training, dtype)
+    return _with_headroom(
+        [
+            Component("parameters", found.parameters, f"{count:,} numbers in float32, all trained"),
+            Component("gradients", found.gradients, "float32"),
+            Component("optimiser states", states, training.optimiser),
+            Component("activations", found.activations, f"batch {training.batch_size} × {text.length + 1} tokens"),
+            Component("logits", logits, f"{training.loss_chunk} positions at once"),
+        ],
+        (count, 0, 0),
+        card,
+    )
+
+
+def _with_headroom(parts: list[Component], counts: tuple[int, int, int], card: Card | None) -> Plan:
+    headroom = int(HEADROOM * sum(part.size for part in parts))
+    parts.append(Component("headroom", headroom, f"{HEADROOM:.0%} for the allocator, assumed"))
+    parts.append(Component("CUDA context", CUDA_CONTEXT, "assumed"))
+    return Plan(tuple(parts), *counts, card)
 
 
 def planned_dtype(config: TrainConfig, card: Card | None) -> torch.dtype:
@@ -148,10 +199,7 @@ def _collect(
         Component("temporaries", held["temporaries"] + _widest(config, model), "backward of the widest layer"),
         Component("logits", memory.loss_bytes(vocabulary, training, dtype), f"{training.loss_chunk} positions at once"),
     ]
-    headroom = int(HEADROOM * sum(part.size for part in parts))
-    parts.append(Component("headroom", headroom, f"{HEADROOM:.0%} for the allocator, assumed"))
-    parts.append(Component("CUDA context", CUDA_CONTEXT, "assumed"))
-    return Plan(tuple(parts), parameters, gates, lora, card)
+    return _with_headroom(parts, (parameters, gates, lora), card)
 
 
 def _activations(config: TrainConfig) -> str:

@@ -1,9 +1,10 @@
 """Going back to an earlier checkpoint without reading the same samples again, also when the process dies meanwhile.
 
 Whoever finds that training went wrong raises ``RollbackRequested`` out of the loop. The run writes the span to leave
-out and the state of its extras to ``RUN/recovery.json``, then trains again from the checkpoint. A process that dies
-after that finds the file: checkpoints that learned from samples left out since are passed over, and extras of a
-checkpoint from before the roll-back take their state from the file, so that a recovery that failed is not forgotten.
+out and the state of its extras to ``RUN/recovery.json``, then trains again from the checkpoint, or from the start where
+there is none. A process that dies after that finds the file: checkpoints that learned from samples left out since are
+passed over, and extras of a checkpoint from before the roll-back, or of none, take their state from the file, so that a
+recovery that failed is not forgotten.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from so8t_torch.core.errors import CheckpointError
+from so8t_torch.core.files import read_text
 from so8t_torch.train.data_order import Span, merged
 
 FILE = "recovery.json"
 VERSION = 1
+MAX_BYTES = 1 << 24
 
 Json = Any
 """What JSON can say: ``None``, booleans, finite numbers, texts, lists, and objects of these."""
@@ -28,14 +31,16 @@ class RollbackRequested(Exception):  # noqa: N818 - a request that the run grant
     """Asks the run to go on from an earlier checkpoint.
 
     Args:
-        checkpoint: a verified checkpoint folder of this run.
+        checkpoint: a verified checkpoint folder of this run; ``None`` is the start.
         skipped: span of the stream of samples that is left out from now on.
         reason: a sentence for the record.
+        steps: how many will be done again, the one under way included.
     """
 
-    def __init__(self, checkpoint: Path, skipped: Span, reason: str) -> None:
-        super().__init__(f"{reason} Going back to {checkpoint.name}, leaving out samples {skipped[0]}..{skipped[1]}.")
-        self.checkpoint, self.skipped, self.reason = checkpoint, skipped, reason
+    def __init__(self, checkpoint: Path | None, skipped: Span, reason: str, steps: int = 0) -> None:
+        where = "the start" if checkpoint is None else checkpoint.name
+        super().__init__(f"{reason} Going back to {where}, leaving out samples {skipped[0]}..{skipped[1]}.")
+        self.checkpoint, self.skipped, self.reason, self.steps = checkpoint, skipped, reason, steps
 
 
 @runtime_checkable
@@ -64,6 +69,11 @@ class Recovery:
     skipped: tuple[Span, ...] = ()
     extras: dict[str, dict[str, Json]] = field(default_factory=dict)
 
+    @property
+    def to_start(self) -> bool:
+        """Whether a roll-back went to the start."""
+        return bool(self.skipped) and self.skipped[0][0] == 0
+
     def after(self, request: RollbackRequested, extras: Sequence[TrainingExtra]) -> Recovery:
         """Return the record once a request is granted."""
         spans = merged([*self.skipped, request.skipped])
@@ -88,7 +98,7 @@ def read_recovery(run: Path) -> Recovery:
     if not path.is_file():
         return Recovery()
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_text(path, CheckpointError, limit=MAX_BYTES))
         if tree["version"] != VERSION:
             raise ValueError(f"version {tree['version']}")
         spans = merged((first, last) for first, last in tree["skipped"])

@@ -1,4 +1,4 @@
-"""One training run, from settings to a run folder, and its evaluation afterwards.
+"""One training run, from settings to a run folder.
 
 ``run_training`` builds the job, trains it with the library's trainer, and leaves behind the adapter (or the model that
 was trained whole), the held-out loss before and after, the curves and what else was asked for. Under torchrun every
@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from so8t_torch.adapter import load_adapter
-from so8t_torch.core.config import load_config
-from so8t_torch.core.errors import ConfigError
-from so8t_torch.data.records import Record, read_records
+from so8t_torch.core.errors import DataError, SO8TError
 from so8t_torch.train import building, language
 from so8t_torch.train.callbacks import QuietProgress, Recorder
 from so8t_torch.train.checkpointed import Keeping
@@ -137,8 +134,14 @@ def run_training(
             if arguments.should_save:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 kept.enter_context(folder.held())
+                kept.callback(folder.close)
                 _open(folder, config, start)
-        return _run(config, job, arguments, folder, start, callbacks)
+        try:
+            return _run(config, job, arguments, folder, start, callbacks)
+        except SO8TError:
+            if arguments.should_save:
+                _draw(folder)
+            raise
 
 
 def _run(
@@ -220,7 +223,7 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
     Raises:
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
-    with StopSignals() as signals:
+    with StopSignals(tells=trainer.args.should_save) as signals:
         trainer.add_callback(SaveAndStop(signals, every_minutes))
         # the guard looks when every other callback has said whether this step is written down
         trainer.add_callback(trainer.pop_callback(trainer.guard))
@@ -237,13 +240,13 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
         raise Interrupted(signals.received, step)
 
 
-def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequested) -> Path:
+def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequested) -> Path | None:
     step = trainer.state.global_step
     recovery = trainer.grant(request)
     if trainer.args.should_save:
         folder.write_recovery(recovery)
-        name, skipped = request.checkpoint.name, list(request.skipped)
-        folder.event("rollback", step=step, checkpoint=name, skipped=skipped, reason=request.reason)
+        name = None if request.checkpoint is None else request.checkpoint.name
+        folder.event("rollback", step=step, checkpoint=name, skipped=list(request.skipped), reason=request.reason)
     trainer.accelerator.wait_for_everyone()
     return request.checkpoint
 
@@ -269,7 +272,7 @@ def _trainer(
         config.training,
         config.penalty,
         [Recorder(folder), *callbacks],
-        keeping(config),
+        replace(keeping(config), base=job.base),
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
     )
     if config.model is None:
@@ -322,6 +325,17 @@ def _triage(config: TrainConfig, job: building.Job) -> TriageReport:
     return evaluate_triage(job.model, job.tokenizer, job.held_out_records, batch_size=config.evaluation.batch_size)
 
 
+def _draw(folder: RunFolder) -> None:
+    """Make table and curves of a run that ends early, for a reason that a disk which refuses them must not hide."""
+    folder.close()
+    try:
+        folder.metrics.touch()
+        write_table(folder.metrics, folder.table)
+        draw_curves(folder.metrics, folder.curves, folder.events)
+    except (OSError, DataError) as error:
+        on_terminal(f"{folder.table} and {folder.curves} are not up to date: {error}")
+
+
 def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None) -> None:
     whole = not isinstance(result.model, PeftModel)
     result.model.save_pretrained(folder.model if whole else folder.adapter, state_dict=state)
@@ -336,43 +350,6 @@ def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
     write_table(folder.metrics, folder.table)
-    draw_curves(folder.metrics, folder.curves, folder.events)
+    others = None if result.ending is None else result.ending.baselines
+    draw_curves(folder.metrics, folder.curves, folder.events, others)
     folder.event("finish", steps=result.steps, seconds=round(result.seconds, 3), trainable=result.trainable)
-
-
-def evaluate_run(run: str | Path, data: str | Path | None = None) -> TriageReport:
-    """Measure the triage decisions of a finished run and write them to ``eval/triage.json``.
-
-    Args:
-        run: run folder with ``config.yaml`` and ``adapter/``.
-        data: labelled JSONL or CSV; ``None`` takes the run's own held-out data.
-
-    Raises:
-        ConfigError: the folder holds no finished run, or the run has no held-out data.
-    """
-    from so8t_torch.safety.evaluation import evaluate_triage
-
-    folder = RunFolder(Path(run))
-    if folder.model.is_dir():
-        raise ConfigError(f"{run}: decisions are measured of an adapter; this run trained a whole model on text.")
-    if not (folder.config.is_file() and (folder.adapter / "adapter_config.json").is_file()):
-        raise ConfigError(f"{run}: no finished run here; expected config.yaml and adapter/adapter_config.json.")
-    config = load_config(TrainConfig, folder.config)
-    held_out = _evaluation_records(config, data)
-    torch.set_num_threads(building.thread_count(config))
-    source, revision = building.base_source(config)
-    model = load_adapter(folder.adapter, building.load_model(source, revision, config.loading))
-    tokenizer = building.load_tokenizer(source, revision)
-    report = evaluate_triage(model, tokenizer, held_out, batch_size=config.evaluation.batch_size)
-    if data is None:
-        (folder.evaluation / "triage.json").write_text(report.to_json(), encoding="utf-8")
-    return report
-
-
-def _evaluation_records(config: TrainConfig, data: str | Path | None) -> list[Record]:
-    if data is not None:
-        return read_records(data, config.data.columns, need_answer=False, need_label=True, reading=config.data.reading)
-    held_out = building.records(config)[1]
-    if not held_out:
-        raise ConfigError("The run has no held-out data of its own; name a labelled file with --data.")
-    return held_out

@@ -1,12 +1,14 @@
 """When a run saves beside its schedule, and when it stops: on a clock, and on SIGINT or SIGTERM.
 
-A signal never interrupts a step. It is noted; the step is finished, a checkpoint written, and the process ends with
-status 128 + the signal's number (130, 143). The same signal once more has its usual effect. Under several processes
-all of them act on what any of them has noted, at the same step.
+A signal never interrupts a step. It is noted, and told on the terminal; the step is finished, a checkpoint written, and
+the process ends with status 128 + the signal's number (130, 143). The same signal once more has its usual effect. Under
+several processes all of them act on what any of them has noted, at the same step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 import time
@@ -21,6 +23,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from so8t_torch.core.errors import SO8TError
 
 WATCHED = (signal.SIGINT, signal.SIGTERM)
+
+STDERR = 2
+"""Written to without Python's buffers, in which the signal may have interrupted somebody."""
 
 
 class Interrupted(SO8TError):  # noqa: N818 - asked for, not an error
@@ -41,10 +46,13 @@ class StopSignals:
     """Notes SIGINT and SIGTERM while the block runs; outside the main thread Python allows no handler, and none is set.
 
     ``received`` is the number of the last signal, 0 for none.
+
+    Args:
+        tells: whether this process says on the terminal what happens now.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, *, tells: bool = True) -> None:
+        self.received, self._tells = 0, tells
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -61,6 +69,11 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.received = number
+        if self._tells:
+            name = signal.Signals(number).name
+            line = f"\n{name}: this step is finished and saved, then the run ends; once more ends it at once\n"
+            with contextlib.suppress(OSError):  # nobody may be listening any more
+                os.write(STDERR, line.encode())
         signal.signal(number, self._before[number] or signal.SIG_DFL)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from so8t_torch.train.detection import magnitudes, moments
+from so8t_torch.train.detection import moments
+from so8t_torch.train.health import magnitudes, measurable
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def broken(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     held: dict[str, Tensor] = {**parameters, **dict(model.named_buffers())}
     if optimizer is not None:
         held |= moments(optimizer, parameters)
-    held = {name: value for name, value in held.items() if value.is_floating_point() or value.is_complex()}
-    sizes = magnitudes([value.abs() if value.is_complex() else value for value in held.values()], torch.device("cpu"))
-    return [name for name, size in zip(held, sizes.tolist(), strict=True) if not math.isfinite(size)]
+    held = {name: value for name, value in held.items() if measurable(value)}
+    sizes = magnitudes([*held.values()], torch.device("cpu"))
+    return [name for name, finite in zip(held, sizes.isfinite().tolist(), strict=True) if not finite]
 
 
 def restore(snapshot: Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -25,6 +25,7 @@ from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.chat import Encoded
 from so8t_torch.ops.second_difference import schedule_weight
+from so8t_torch.train.checkpoint_state import generators, set_generators
 from so8t_torch.train.checkpointed import CheckpointedTrainer, Keeping
 from so8t_torch.train.config import PenaltySection, TrainingSection
 from so8t_torch.train.guard import Guard
@@ -33,9 +34,10 @@ from so8t_torch.train.manifest import Health
 from so8t_torch.train.meter import LossMeter, perplexity
 from so8t_torch.train.out_of_memory import MemoryRelief, split
 from so8t_torch.train.penalty import ResidualTap, gated_layers, penalty, triples
+from so8t_torch.train.preconditions import check_groups, check_trainable, decoder_and_head
 from so8t_torch.train.rollback import RollbackRequested
 from so8t_torch.train.sharding import is_sharded, prepare_sharding
-from so8t_torch.train.trained import check_groups, check_trainable, decoder_and_head, geometry, input_names
+from so8t_torch.train.trained import geometry, input_names
 
 LAST_STATES = -1
 """Key under which the tap keeps the states that go into the head."""
@@ -74,7 +76,6 @@ class SO8TTrainer(CheckpointedTrainer):
     ) -> None:
         check_trainable(model)
         self.guard = guard or Guard()
-        self.guard.remember_start(model)
         self.guard.on_drop, self.guard.samples, self.guard.go_back = self._take_back, self._samples, self._go_back
         super().__init__(
             model,
@@ -86,6 +87,7 @@ class SO8TTrainer(CheckpointedTrainer):
             compute_metrics=functools.partial(_held_out_metrics, size=getattr(held_out, "bytes", None)),
             callbacks=[self.guard, *callbacks],
         )
+        self.guard.initial = self.start.numbers
         self.extras.append(self.guard)
         if self.args.n_gpu > 1:
             raise TrainingError("Several GPUs in one process are not supported; start with torchrun --nproc-per-node.")
@@ -108,7 +110,9 @@ class SO8TTrainer(CheckpointedTrainer):
         self._kept: tuple[Tensor, dict[str, float]] | None = None
         self._micro_batches: list[Any] = []
         self._taken = 0
+        self._generators: dict[str, Any] = {}
         self.relief = MemoryRelief(model, self.guard.ladder.record, alone=self.args.world_size == 1)
+        self.extras.append(self.relief)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; throughput is counted from here."""
@@ -140,6 +144,7 @@ class SO8TTrainer(CheckpointedTrainer):
             check_groups(self.model, groups)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(groups, **options)
+            self.relief.watch(self.optimizer, lambda: self.state.global_step + 1)
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -162,6 +167,8 @@ class SO8TTrainer(CheckpointedTrainer):
         Raises:
             VRAMExhaustedError: nothing helped.
         """
+        if not self._taken:
+            self._generators = generators()
         self._taken += 1
         todo = [inputs]
         while True:
@@ -171,6 +178,7 @@ class SO8TTrainer(CheckpointedTrainer):
                 said = str(error)
             self.relief.next(self.state.global_step + 1, len(inputs["input_ids"]), said)
             todo = self._micro_batches[: self._taken]
+            set_generators(self._generators)
             model.zero_grad()
             self._meter.undo()
             self.guard.begin(self.state.global_step + 1)
@@ -260,8 +268,15 @@ class SO8TTrainer(CheckpointedTrainer):
         self.guard.check_state(self.optimizer.optimizer)
         super().unhealthy(health)
 
-    def _go_back(self, reason: str, steps_back: int) -> RollbackRequested | None:
+    def _go_back(self, reason: str, steps_back: int) -> RollbackRequested:
         return self.rollback(reason, steps_back=steps_back)
+
+    def begin_anew(self) -> None:
+        """Be as the run was before its first step, with nothing summed up or seen."""
+        super().begin_anew()
+        self._meter.reset()
+        self._settings = {}
+        self.guard.begin_anew()
 
     def _samples(self, step: int) -> list[int]:
         """Return the span of the stream that a step reads."""
@@ -281,9 +296,13 @@ class SO8TTrainer(CheckpointedTrainer):
         """Return for each row its summed loss and its number of supervised tokens."""
         del prediction_loss_only, ignore_keys
         inputs = self._prepare_inputs(inputs)
+
+        def measure(part: dict[str, Any]) -> Tensor:
+            (nll, rows), *_ = self._losses(model, part)
+            return row_sums(nll, rows, part["labels"].shape[0])
+
         with torch.no_grad():
-            (nll, rows), *_ = self._losses(model, inputs)
-            sums = row_sums(nll, rows, inputs["labels"].shape[0])
+            sums = self.relief.evaluated(self.state.global_step, inputs, measure)
         return None, sums, sums[:, 1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

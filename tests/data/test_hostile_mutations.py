@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.drawn import steadily
 from tests.faults import hostile
 from tests.faults.mutations import EDITS, SEEDS, command, drawn, judged, mutated
 from tests.faults.soak_inputs import run
@@ -25,10 +26,8 @@ def quiet():
 
 @pytest.mark.parametrize("name", SEEDS)
 @settings(
+    steadily,
     max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(edits=st.lists(EDIT, min_size=1, max_size=6))

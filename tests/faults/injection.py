@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from so8t_torch.adapter import gated_layers
 from so8t_torch.train import trainer as training
-from so8t_torch.train.detection import trainable
+from so8t_torch.train.detection import moments, trainable
 
 VALUES = {"nan": math.nan, "inf": math.inf, "1e30": 1e30, "-inf": -math.inf, "denormal": 1e-40}
 PLACES = {
@@ -53,6 +53,7 @@ class Injection(TrainerCallback):
         self.fired: list[int] = []
         self.moved: list[list[str]] = []
         self._now: int | None = None
+        self._striking = False
         self._hooks: list[Any] = []
         self._before: dict[str, torch.Tensor] = {}
 
@@ -62,6 +63,7 @@ class Injection(TrainerCallback):
             return False
         self.left.remove(self._now)
         self.fired.append(self._now)
+        self._striking = True
         return True
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
@@ -86,11 +88,11 @@ class Injection(TrainerCallback):
         self, _args: Any, state: Any, _control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Break a weight or a moment before the step."""
-        self._now = state.global_step + 1
+        self._now, self._striking = state.global_step + 1, False
         if self.place == "weight" and self.due():
             self._break(next(iter(trainable(model).values())))
         if self.place == "moment" and self.due():
-            self._break(optimizer.state[next(iter(trainable(model).values()))]["exp_avg"])
+            self._break(_moment(optimizer, model))
 
     def on_pre_optimizer_step(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
         """Break a learning rate; keep the parameters for comparison."""
@@ -113,7 +115,7 @@ class Injection(TrainerCallback):
             tensor.view(-1)[0] = self.value
 
     def _gradient(self, parameter: torch.Tensor) -> None:
-        if self._now in self.left or (self.place == "all_gradients" and self.fired[-1:] == [self._now]):
+        if self._now in self.left or (self.place == "all_gradients" and self._striking):
             self.due()
             assert parameter.grad is not None
             if self.place == "all_gradients":
@@ -125,8 +127,15 @@ class Injection(TrainerCallback):
         if not module.training or not self.due():
             return None
         output = output.clone()
-        output.view(-1)[0] = self.value
+        # the first tokens of a row may be padding, which nothing looks at, and the last has no loss
+        output[0, -2, 0] = self.value
         return output
+
+
+def _moment(optimizer: Any, model: Any) -> torch.Tensor:
+    """Return a moment, where there are any the scales of one that is held in 8 bits."""
+    held = moments(optimizer, trainable(model))
+    return next((value for name, value in held.items() if name.endswith(":absmax1")), next(iter(held.values())))
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def suffer(folder: Path, form: str, fault: Fault) -> list[str]:
 
 
 def killed_points(calls: list[str], data: int) -> list[Fault]:
-    """Return a fault for each call of a traced piece of work, and within its writes.
+    """Return a fault for each call of a traced piece of work, and within the writes of each file.
 
     Args:
         calls: names in order.
@@ -140,8 +140,9 @@ def killed_points(calls: list[str], data: int) -> list[Fault]:
     for call in calls:
         number = seen.get(call, 0)
         seen[call] = number + 1
-        if call == "write":
+        if call == "link":
+            # a file is written in several pieces and linked once
             faults += [Fault("write", KILL, number * data + part) for part in (0, 1, data // 2, data - 1)]
-        else:
+        if call != "write":
             faults.append(Fault(call, KILL, number))
     return faults

@@ -101,6 +101,8 @@ class Bench:
             trainer = running._trainer(config, self._job, arguments, folder, callbacks)
             running._train(trainer, folder, None, None)
             assert all(each.fired for each in callbacks), f"a fault never struck: {faults}"
+        answered = _answered(folder)
+        assert answered == [step for *_, step in faults], f"of {faults} those of the steps {answered} were answered"
         return trainer.evaluate()["eval_lm"], _lost(folder)
 
     def trial(self, seed: int, count: int) -> Outcome:
@@ -115,11 +117,25 @@ class Bench:
         return Outcome(seed, faults, self._clean[seed], disturbed, lost)
 
 
+def _events(folder: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in folder.events.read_text().splitlines()]
+
+
+def _answered(folder: RunFolder) -> list[int]:
+    """Return the steps in which the ladder was told of a fault."""
+    return [row["step"] for row in _events(folder) if row.get("transition") == "fault"]
+
+
 def _lost(folder: RunFolder) -> list[int]:
-    rows = [json.loads(line) for line in folder.events.read_text().splitlines()]
-    back = [row["step"] - int(row["checkpoint"].rpartition("-")[2]) + 1 for row in rows if row["event"] == "rollback"]
+    rows = _events(folder)
+    back = [row["step"] - _step(row["checkpoint"]) + 1 for row in rows if row["event"] == "rollback"]
     skips = [1 for row in rows if row.get("transition") == "fault" and row["stage"] not in ("rollback", "stop")]
     return back + skips
+
+
+def _step(checkpoint: str | None) -> int:
+    """Return the step of a checkpoint's name; ``None`` is the start."""
+    return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
 
 
 def _rows(folder: Path, rest: int) -> Path:

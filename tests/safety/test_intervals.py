@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from so8t_torch.safety.intervals import rate, wilson
+from tests.drawn import steadily
 
 
 @pytest.mark.parametrize(("hits", "observations"), [(0, 10), (1, 10), (10, 10), (81, 263), (1, 1), (500, 1000)])
@@ -22,6 +23,7 @@ def test_wilson_gives_the_value_in_the_literature():
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+@steadily
 def test_wilson_solves_its_defining_equation(case):
     hits, n = case
     z = 1.959963984540054

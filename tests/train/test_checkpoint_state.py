@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from so8t_torch.core.errors import CheckpointError
-from so8t_torch.train import health
+from so8t_torch.train import checkpoint_state, health
 from so8t_torch.train.checkpoint_state import (
     generators,
     load_model,
@@ -27,6 +27,7 @@ from so8t_torch.train.checkpoint_state import (
     write_model,
     write_state,
 )
+from tests.drawn import steadily
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4)
 KEYS = st.text(max_size=3) | st.integers(-3, 3) | st.sampled_from(["$tensor", "$float", "$items", "$"])
@@ -38,6 +39,7 @@ TREES = st.recursive(
 
 
 @given(tree=TREES)
+@steadily
 def test_every_plain_tree_comes_back(tree):
     plain, tensors = pack(tree)
     assert tensors == {}
@@ -76,6 +78,13 @@ def test_a_mark_without_meaning_is_refused(tree):
 def test_a_state_that_is_no_json_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(CheckpointError, match="x cannot be read"):
+        read_state(tmp_path, "x")
+
+
+def test_a_state_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text("[" + 200 * " ")
+    monkeypatch.setattr(checkpoint_state, "MAX_JSON_BYTES", 200)
+    with pytest.raises(CheckpointError, match=r"x\.json: expected at most 200 bytes, got 201"):
         read_state(tmp_path, "x")
 
 

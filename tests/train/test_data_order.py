@@ -9,6 +9,7 @@ from torch.utils.data import BatchSampler
 
 from so8t_torch.core.errors import DataError
 from so8t_torch.train.data_order import Consumption, Stream, before, merged
+from tests.drawn import steadily
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda pair: (pair[0], sum(pair))), max_size=4)
 
@@ -35,7 +36,7 @@ def test_the_seed_alone_decides():
 
 
 @given(count=st.integers(1, 12), spans=SPANS)
-@settings(max_examples=200)
+@settings(steadily, max_examples=200)
 def test_what_is_read_is_the_stream_without_the_spans(count, spans):
     whole = read(Stream(count, 0), 150 // count + 10)
     left = [sample for position, sample in enumerate(whole) if not any(a <= position < b for a, b in spans)]
@@ -47,7 +48,7 @@ def test_what_is_read_is_the_stream_without_the_spans(count, spans):
 
 
 @given(count=st.integers(1, 12), spans=SPANS, read_before=st.integers(0, 30), lost=st.integers(1, 15))
-@settings(max_examples=200)
+@settings(steadily, max_examples=200)
 def test_a_roll_back_changes_nothing_before_the_checkpoint_and_repeats_nothing_after_it(
     count, spans, read_before, lost
 ):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from so8t_torch.train.detection import Limits, LossWatch, StateWatch, magnitudes
+from so8t_torch.train.detection import Limits, LossWatch, StateWatch
+from so8t_torch.train.health import magnitudes
 from so8t_torch.train.ladder import Cause
 
 
@@ -24,10 +25,12 @@ def test_magnitudes_of_mixed_kinds_stand_in_order_and_carry_what_is_not_finite()
         torch.tensor([[-math.inf, 1.0]]),
         torch.tensor([5.0], dtype=torch.float64),
         torch.tensor([4.0, -7.0], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([1 - 8j, 2j]).conj(),
+        torch.tensor([complex(1, math.nan)]),
     ]
     found = magnitudes(tensors, torch.device("cpu"))
     assert found.dtype == torch.float64
-    assert str(found.tolist()) == "[3.0, 0.0, nan, inf, 5.0, 7.0]"
+    assert str(found.tolist()) == "[3.0, 0.0, nan, inf, 5.0, 7.0, 8.0, nan]"
     assert magnitudes([], torch.device("cpu")).tolist() == []
 
 

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from so8t_torch.train.ladder import HARD, STATE, Cause, Fault, Ladder, Rules, Stage
+from tests.drawn import steadily
 
 SPIKE, BROKEN = Fault(Cause.SPIKE), Fault(Cause.PARAMETER, "layers.1")
 SMALL = Rules(skip_window=4, probation=6, cool_steps=5, recoveries=3, recovery_window=40)
@@ -143,7 +144,7 @@ def test_a_record_says_what_happened():
 
 
 @given(RULES, HISTORIES)
-@settings(deadline=None)
+@steadily
 def test_every_history_obeys_the_rules(rules, history):
     rows = []
     ladder = Ladder(rules, rows.append)
@@ -173,7 +174,7 @@ def test_every_history_obeys_the_rules(rules, history):
 
 
 @given(RULES, HISTORIES)
-@settings(deadline=None)
+@steadily
 def test_health_forgets_everything_but_the_time(rules, history):
     ladder = Ladder(rules)
     stages = climb(ladder, *history)
@@ -187,7 +188,7 @@ def test_health_forgets_everything_but_the_time(rules, history):
 
 
 @given(RULES, HISTORIES, st.integers(0, 150))
-@settings(deadline=None)
+@steadily
 def test_a_ladder_taken_up_again_goes_on_the_same(rules, history, cut):
     whole = Ladder(rules)
     stages = climb(whole, *history)
@@ -199,6 +200,6 @@ def test_a_ladder_taken_up_again_goes_on_the_same(rules, history, cut):
 
 
 @given(st.lists(st.sampled_from(list(Cause)).map(Fault), min_size=13, max_size=40))
-@settings(deadline=None)
+@steadily
 def test_faults_without_end_always_stop(causes):
     assert Stage.STOP in climb(Ladder(Rules()), *causes)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,6 +27,8 @@ from so8t_torch.train.loss import LossAtHead
 from so8t_torch.train.run import run_training
 from so8t_torch.train.trainer import SO8TTrainer
 from tests.faults.logits_at_fault import capture, contents
+
+pytestmark = pytest.mark.usefixtures("none_dropped")
 
 ON = {"save_logits": True, "save_logits_steps": 1}
 
@@ -161,7 +164,7 @@ def test_every_form_and_dtype_comes_back_as_it_was(tmp_path, form, dtype):
     taken = again(taken)
     record = taken.record()
     path = tmp_path / f"one.{form}"
-    path.write_bytes(record.encode(form))
+    path.write_bytes(b"".join(record.encode(form)))
     back = read_record(path)
     assert back.facts() == record.facts()
     assert back.tensors.keys() == record.tensors.keys()
@@ -169,6 +172,22 @@ def test_every_form_and_dtype_comes_back_as_it_was(tmp_path, form, dtype):
         assert back.tensors[name].dtype == value.dtype
         assert torch.equal(back.tensors[name], value)
     assert back.tensors["values"].dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("count", [24, 3, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_is_what_the_library_would_have_written(count, dtype):
+    record = again(capture(3)).record()
+    tensors = {name: value[:count] for name, value in record.tensors.items()}
+    tensors["values"] = tensors["values"].to(dtype)
+    record = replace(record, tensors=tensors, logits_shape=[count, 300])
+    written = b"".join(record.encode("safetensors"))
+    texts = {name: str(value) for name, value in record.facts().items()}
+    by_library = safetensors.torch.save(tensors, texts)
+    lengths = [8 + int.from_bytes(content[:8], "little") for content in (written, by_library)]
+    assert json.loads(written[8 : lengths[0]]) == json.loads(by_library[8 : lengths[1]])
+    assert written[lengths[0] :] == by_library[lengths[1] :]
+    assert lengths[0] == lengths[1]
 
 
 def again(taken):
@@ -243,7 +262,7 @@ def test_a_clock_that_goes_back_costs_no_fresh_file(tmp_path):
 
 
 def test_bytes_are_bounded_too_and_strangers_are_left_alone(tmp_path):
-    one = len(capture(1).record().encode("safetensors"))
+    one = sum(piece.nbytes for piece in capture(1).record().encode("safetensors"))
     for name in ("notes.txt", "logits_step_1.safetensors", "logits_step_x_epoch_0_20300101_000000.pt"):
         (tmp_path / name).write_text("precious")
     keeper = store(tmp_path, files=100, size=int(2.5 * one))

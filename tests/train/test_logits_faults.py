@@ -51,11 +51,13 @@ def test_a_process_killed_at_any_call_leaves_whole_files_only(tmp_path):
 
 def test_a_waiting_file_of_a_living_process_is_left_alone(tmp_path):
     gate = Event()
-    with broken_disk(tmp_path, Fault("fsync", None, lasts=False, gate=gate)):
+    fault = Fault("fsync", None, lasts=False, gate=gate)
+    with broken_disk(tmp_path, fault):
         slow = Writer(store(tmp_path, "safetensors"), 1)
         slow.submit(capture(1))
-        while not any(WAITING.fullmatch(path.name) for path in tmp_path.iterdir()):
+        while not fault.met:
             sleep(0.001)
+        assert any(WAITING.fullmatch(path.name) for path in tmp_path.iterdir())
         save(tmp_path, "safetensors", range(2, 4))
         gate.set()
         assert slow.close(60.0).saved == 1
@@ -120,6 +122,7 @@ def plain(settings, tmp_path):
     return run_training(settings(output_dir=str(tmp_path / "plain"), checkpoint={"every_steps": None}))
 
 
+@pytest.mark.usefixtures("none_dropped")
 @pytest.mark.parametrize(
     "fault",
     [

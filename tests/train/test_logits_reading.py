@@ -1,12 +1,16 @@
 """Saved logits read back: measures against formulas on whole distributions, damage named, tables and pictures."""
 
+import io
 import json
 import math
+import re
 import struct
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.cells import cell_len
+from rich.console import Console
 from safetensors.torch import save_file
 from torch.distributions import Categorical, kl_divergence
 from typer.testing import CliRunner
@@ -138,7 +142,7 @@ def write(folder, step, seed=0, mode="topk", time="20300101_000000"):
     logits, labels = example(seed)
     record = replace(record_of(logits, labels, mode, step=step), timestamp=time)
     path = folder / f"logits_step_{step}_epoch_0_{time}.safetensors"
-    path.write_bytes(record.encode("safetensors"))
+    path.write_bytes(b"".join(record.encode("safetensors")))
     return path
 
 
@@ -178,7 +182,11 @@ def test_a_damaged_file_is_named(tmp_path, how):
 
 
 HOSTILE = {
-    "no metadata": (lambda _, facts: facts.clear(), "no 'mode' in the metadata"),
+    "no metadata": (
+        lambda _, facts: facts.clear(),
+        "expected logits that a run saved .* the entries 'ids', ",
+    ),
+    "no step": (lambda _, facts: facts.pop("step"), "no 'step' in the metadata"),
     "no labels": (lambda tensors, _: tensors.pop("labels"), "labels are missing"),
     "no ids": (lambda tensors, _: tensors.pop("ids"), "ids are missing"),
     "step": (lambda _, facts: facts.update(step="__import__('os')"), "step must be a number"),
@@ -201,6 +209,31 @@ def test_a_file_of_something_else_is_refused(tmp_path, change, why):
     save_file(tensors, path, facts)
     with pytest.raises(DataError, match=why):
         read_record(path)
+
+
+FOREIGN = {
+    "model.pt": (
+        lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
+        "the entries 'bias', 'weight'.",
+    ),
+    "model.safetensors": (
+        lambda path: save_file({"w": torch.ones(2)}, path, {"format": "pt"}),
+        "the entries 'w'.",
+    ),
+    "many.pt": (lambda path: torch.save(dict.fromkeys("edcba", 1), path), "the entries 'a', 'b', 'c' and 2 more. Name"),
+    "nothing.pt": (lambda path: torch.save({}, path), "it holds nothing"),
+    "module.pt": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "Unsupported global: GLOBAL torch.nn.modules."),
+    "notes.txt": (lambda path: path.write_text("hello"), "expected a file of saved logits, logits_step_*.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_of_something_else_is_told_from_what_was_expected(tmp_path, name):
+    make, why = FOREIGN[name]
+    make(tmp_path / name)
+    with pytest.raises((DataError, CheckpointError), match=re.escape(why)) as refused:
+        show(tmp_path / name)
+    assert str(refused.value).startswith(f"{tmp_path / name}")
 
 
 def test_a_pickle_that_acts_is_refused(tmp_path):
@@ -242,7 +275,7 @@ def test_a_picture_or_tokenizer_that_cannot_be_is_refused(tmp_path):
 def test_tokens_are_spelled_where_a_tokenizer_is_named(tmp_path, tiny_source, tokenizer):
     write(tmp_path / "logits", 1)
     _, tokens = show(tmp_path, tokenizer=tiny_source, plot=tmp_path / "one.png")
-    ids = [int(cell) for cell in tokens.columns[1]._cells]
+    ids = [int(str(cell)) for cell in tokens.columns[1]._cells]
     assert [str(cell) for cell in tokens.columns[0]._cells] == [repr(tokenizer.decode([token])) for token in ids]
 
 
@@ -250,13 +283,39 @@ def test_compare_pairs_steps_and_measures_the_same_tokens_only(tmp_path):
     for name, steps in (("a", (1, 2, 3)), ("b", (2, 3, 4))):
         for step in steps:
             write(tmp_path / name / "logits", step, seed=5 if name == "b" and step == 3 else 0)
-    (table,) = compare(tmp_path / "a", tmp_path / "b", plot=tmp_path / "both.png")
-    assert [str(cell) for cell in table.columns[1]._cells] == ["2", "2", "3", "3"]
-    assert [str(cell) for cell in table.columns[-3]._cells] == ["", "1.000", "", "other tokens"]
+    each, changes = compare(tmp_path / "a", tmp_path / "b", plot=tmp_path / "both.png")
+    assert [str(cell) for cell in each.columns[1]._cells] == ["2", "2", "3", "3"]
+    assert [str(cell) for cell in changes.columns[1]._cells] == ["1.000", "other tokens"]
     assert (tmp_path / "both.png").stat().st_size > 10_000
     with pytest.raises(DataError, match="No step is in both"):
         compare(tmp_path / "a", write(tmp_path / "c", 9))
-    assert len(compare(find_records(tmp_path / "a")[0], write(tmp_path / "c", 9))) == 1
+    each, _ = compare(find_records(tmp_path / "a")[0], write(tmp_path / "c", 9))
+    assert [str(cell) for cell in each.columns[1]._cells] == ["1", "9"]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_tables_fit_narrow_terminals_with_every_number_whole(tmp_path, width):
+    for name, seed in (("a", 0), ("b", 1)):
+        write(tmp_path / name, 123_456, seed)
+    tables = [*show(tmp_path / "a"), *compare(tmp_path / "a", tmp_path / "b"), *compare(tmp_path / "a", tmp_path / "a")]
+    for table in tables:
+        screen = Console(width=width, file=io.StringIO(), legacy_windows=False)
+        screen.print(table)
+        lines = screen.file.getvalue().splitlines()
+        assert max(map(cell_len, lines)) <= width
+        for row in range(table.row_count):
+            cells = [str(column._cells[row]) for column in table.columns]
+            assert any(all(cell in line for cell in cells) for line in lines), cells
+
+
+def test_a_table_of_overflowed_logits_says_how_many_were_left_out(tmp_path):
+    logits, labels = example()
+    for scale in (1.0, 1e6):
+        logits[:3] *= scale
+        path = tmp_path / "logits_step_1_epoch_0_20300101_000000.safetensors"
+        path.write_bytes(b"".join(record_of(logits, labels, dtype=torch.float16).encode("safetensors")))
+        columns = {str(column.header): [str(cell) for cell in column._cells] for column in show(path)[0].columns}
+        assert columns.get("left out") == (["3"] if scale > 1 else None)
 
 
 def test_the_commands_print_and_draw(tmp_path):

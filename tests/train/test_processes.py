@@ -1,7 +1,6 @@
 """Two processes with half the batch each take the steps of one process with the whole batch."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,24 +16,19 @@ from so8t_torch.train.folder import read_metrics
 from so8t_torch.train.run import run_training
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def launch(config, tmp_path, *command, resume=(), **variables):
     """Train in two processes and return the run folder."""
     path = tmp_path / f"{config.output_dir.name}.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    # standalone: the launcher keeps the port it was given, so nobody takes it in between
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, *command, "train", str(path), *resume],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -98,6 +98,14 @@ def test_a_finished_run_is_gone_on_with_without_a_step(settings, monkeypatch):
     assert not differences(before, trace(again.directory))
 
 
+def test_a_state_larger_than_any_run_writes_is_refused(settings, monkeypatch):
+    sections = {"training": {"max_steps": 2}, "checkpoint": {"every_steps": 2}}
+    run_training(settings(**sections))
+    monkeypatch.setattr(checkpoint_state, "MAX_JSON_BYTES", 100)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2/trainer_state\.json: expected at most 100 bytes, got"):
+        run_training(settings(**sections), resume="auto")
+
+
 def test_half_a_line_of_a_record_is_cut_off(settings):
     sections = {"training": {"max_steps": 4}, "checkpoint": {"every_steps": 2}}
     directory = run_training(settings(**sections)).directory

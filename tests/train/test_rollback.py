@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train import run as runs
 from so8t_torch.train.data_order import Stream
+from so8t_torch.train.ladder import Cause
+from so8t_torch.train.ladder import Fault as LadderFault
 from so8t_torch.train.rollback import read_recovery
 from so8t_torch.train.run import run_training
 from so8t_torch.train.trainer import SO8TTrainer
@@ -43,13 +46,14 @@ class Watched:
     """Everything a test wants to know of the trainers it makes: who asks for what, and which samples they read."""
 
     def __init__(self, monkeypatch):
-        self.extras, self.read, self.weights = [], [], []
+        self.trainers, self.extras, self.read, self.weights = [], [], [], []
         self.acts = {}
         make, step = runs._trainer, SO8TTrainer.training_step
 
         def trainer(*arguments):
             made = make(*arguments)
             made.extras.append(Counter())
+            self.trainers.append(made)
             self.extras.append(made.extras[-1])
             return made
 
@@ -169,11 +173,70 @@ def test_two_roll_backs_to_one_checkpoint_leave_both_spans_out(settings, watched
     assert result.steps == 9
 
 
-def test_without_a_checkpoint_there_is_nowhere_to_go_back_to(settings, watched):
+LATE = {"training": {"max_steps": 6, "batch_size": 2}, "checkpoint": {"every_steps": 4}}
+
+
+def test_without_a_checkpoint_the_run_goes_back_to_its_start(settings, sentences, watched):
+    """In step 2, before the first checkpoint: weights, optimiser and schedule as at step 1, and other samples."""
+    config = settings(**LATE, data={"eval": str(sentences)})
+    watched.acts = {1: go_back()}
+    result = run_training(config)
+    (told,) = events(result.directory, "rollback")
+    assert (told["step"], told["checkpoint"], told["skipped"]) == (1, None, [0, 4])
+    assert [step for step, _ in watched.read] == [1, 2, 1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(watched.weights[2][name], value) for name, value in watched.weights[0].items())
+    assert not torch.equal(watched.read[0][1], watched.read[2][1])
+    assert watched.extras[0].loaded == [{"seen": 2}]
+    assert result.held_out_before is not None
+
+
+@pytest.mark.parametrize("dies_at", [3, 4])
+def test_a_process_that_dies_after_going_back_to_the_start_goes_on_there(settings, tmp_path, watched, dies_at):
+    sections = {**LATE, "adapter": {"lora_dropout": 0.2}}
+    watched.acts = {1: go_back()}
+    undisturbed = run_training(settings(output_dir=str(tmp_path / "whole"), **sections))
+    watched.read.clear()
+    config = settings(**sections)
+    watched.acts = {1: go_back(), dies_at: crash}
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config)
+    resumed = run_training(config, resume="auto")
+    assert watched.extras[-1].loaded == [{"seen": 2}]
+    assert not differences(trace(undisturbed.directory), trace(resumed.directory))
+
+
+def test_checkpoints_from_before_going_back_to_the_start_do_not_stand_in_the_way(settings, tmp_path, watched):
+    """The one written while an incident was open is no place to go back to, and none to resume from afterwards."""
+
+    def open_incident(trainer):
+        trainer.guard.ladder.observe(1, LadderFault(Cause.SPIKE))
+
+    sections = {"training": {"max_steps": 6, "batch_size": 2}, "checkpoint": {"every_steps": 2}}
+    watched.acts = {0: open_incident, 3: go_back()}
+    undisturbed = run_training(settings(output_dir=str(tmp_path / "whole"), **sections))
+    assert events(undisturbed.directory, "rollback")[0]["checkpoint"] is None
+    watched.read.clear()
+    config = settings(**sections)
+    watched.acts = {0: open_incident, 3: go_back(), 4: crash}
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config)
+    assert [step for step, _ in checkpoints.present(config.output_dir / "checkpoints")] == [2]
+    resumed = run_training(config, resume="auto")
+    assert not differences(trace(undisturbed.directory), trace(resumed.directory))
+
+
+def test_a_roll_back_behind_a_step_leaves_out_its_batches_and_no_more(settings, watched):
+    """Asked for in the middle of step 3, and after it: the same three batches of two are left out, then the next."""
     seen = []
-    watched.acts = {1: lambda trainer: seen.append(trainer.rollback("A test asks."))}
-    run_training(settings(**SECTIONS))
-    assert seen == [None]
+
+    class After(TrainerCallback):
+        def on_step_end(self, _args, state, _control, **_):
+            if state.global_step == 3:
+                seen.append(watched.trainers[0].rollback("A test asks.").skipped)
+
+    watched.acts = {2: lambda trainer: seen.append(trainer.rollback("A test asks.").skipped)}
+    run_training(settings(**LATE), callbacks=[After()])
+    assert seen == [(0, 6), (0, 6)]
 
 
 def test_where_none_is_far_enough_back_the_oldest_is_taken(settings, watched):

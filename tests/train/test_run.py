@@ -14,8 +14,10 @@ from so8t_torch.adapter import load_adapter
 from so8t_torch.core.errors import ConfigError, SO8TError, TrainingError
 from so8t_torch.train import checkpoint_state, checkpoints
 from so8t_torch.train.environment import environment, git_state
-from so8t_torch.train.folder import RunFolder, append_json, read_metrics
-from so8t_torch.train.run import evaluate_run, run_training
+from so8t_torch.train.evaluation import evaluate_run
+from so8t_torch.train.folder import RunFolder, read_metrics
+from so8t_torch.train.journal import json_line
+from so8t_torch.train.run import run_training
 
 
 def events(folder):
@@ -292,8 +294,11 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(settings
 def test_resume_with_other_settings_is_another_run(settings):
     sections = {"training": {"max_steps": 2}, "checkpoint": {"every_steps": 2}}
     run_training(settings(**sections))
-    with pytest.raises(ConfigError, match="training differ from"):
-        run_training(settings(training={"max_steps": 2, "lr": 1.0}, checkpoint={"every_steps": 2}), resume="auto")
+    other = settings(training={"max_steps": 2, "lr": 1.0}, checkpoint={"every_steps": 2}, data={"template": "t.jinja"})
+    with pytest.raises(ConfigError) as caught:
+        run_training(other, resume="auto")
+    told = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
+    assert told == ['data.template: null then, "t.jinja" now', "training.lr: 0.005 then, 1.0 now"]
 
 
 def test_the_seed_decides_the_run(settings, tmp_path):
@@ -351,11 +356,9 @@ def test_a_folder_without_a_finished_run_cannot_be_evaluated(tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_never_written(tmp_path):
-    path = tmp_path / "metrics.jsonl"
     for number in (float("nan"), float("inf")):
         with pytest.raises(TrainingError, match="not finite"):
-            append_json(path, {"loss": number})
-    assert not path.exists()
+            json_line({"loss": number}, tmp_path / "metrics.jsonl")
 
 
 def test_a_file_outside_any_checkout_has_no_commit(tmp_path):

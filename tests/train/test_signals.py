@@ -31,12 +31,15 @@ def test_a_signal_finishes_the_step_saves_and_stops(zygote, tiny_source, sentenc
     assert not differences(quiet.trace, trace(tmp_path / "run"))
 
 
-@pytest.fixture
-def interruptible():
-    """The handler of a process in the foreground; one that was started in the background may ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
+@pytest.mark.usefixtures("interruptible")
+def test_the_first_signal_says_what_happens_and_what_a_second_does(capfd):
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        said = "SIGINT: this step is finished and saved, then the run ends; once more ends it at once"
+        assert capfd.readouterr().err.strip() == said
+    with StopSignals(tells=False):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_same_signal_once_more_has_its_usual_effect(interruptible):

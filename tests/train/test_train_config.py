@@ -50,6 +50,9 @@ CONTRADICTIONS = {
     "two lengths": ({"training": {"max_steps": 1, "epochs": 1}}, "exactly one of max_steps and epochs"),
     "phases out of order": ({"penalty": {"boundaries": [0.6, 0.2]}}, "penalty.boundaries"),
     "negative weight": ({"penalty": {"weights": [0.1, -1, 0]}}, "penalty.weights"),
+    "a history of noise": ({"recovery": {"history": 9}}, "median and spread of fewer than 10 losses are noise"),
+    "a window below the history": ({"recovery": {"window": 19}}, "no loss would ever count as a spike"),
+    "recoveries without end": ({"recovery": {"recovery_window": 5}}, "roll back for ever and never stop"),
     "evaluation without data": ({"evaluation": {"every_steps": 5}}, "evaluation needs held-out data"),
 }
 

@@ -13,8 +13,9 @@ from so8t_torch.core.errors import DataError, TrainingError
 from so8t_torch.train import building
 from so8t_torch.train.guard import Guard, TrainingStopped
 from so8t_torch.train.penalty import ResidualTap, gated_layers
+from so8t_torch.train.preconditions import check_groups, check_trainable, decoder_and_head
 from so8t_torch.train.sharding import prepare_sharding
-from so8t_torch.train.trainer import SO8TTrainer, check_groups, check_trainable, decoder_and_head
+from so8t_torch.train.trainer import SO8TTrainer
 
 
 class Gradients(TrainerCallback):

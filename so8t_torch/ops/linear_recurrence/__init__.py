@@ -74,17 +74,21 @@ def linear_recurrence(
     if a.shape != b.shape:
         # few numbers stand for many: their gradient is a sum, which is not taken over rounded terms
         a = a.to(eager.accumulation(b.dtype)).expand(b.shape)
-    state = None if initial is None else initial.expand(*batch, width).reshape(rows, width)
+    state = initial
+    if state is not None:
+        if state.shape != (*batch, width):
+            state = state.to(eager.accumulation(state.dtype)).expand(*batch, width)
+        state = state.reshape(rows, width)
     flat = (a.reshape(rows, length, width), b.reshape(rows, length, width), state)
     restart = None
     if segment_ids is not None:
         restart = _restarts(segment_ids, reverse).expand(*batch, length).reshape(rows, length)
-    chosen = choose("linear_recurrence", backend, _candidates(a, b, *(() if initial is None else (initial,))))
+    chosen = choose("linear_recurrence", backend, _candidates(a, b, *(() if state is None else (state,))))
     if chosen == "eager":
         h, final = eager.recurrence(*flat, restart, reverse)
     else:
         h, final = autograd.recurrence(*flat, restart, reverse, chosen)
-    return h.reshape(b.shape), final.reshape(*batch, width)
+    return h.reshape(b.shape), final.reshape(*batch, width).to(b.dtype if initial is None else initial.dtype)
 
 
 def cumulative_sum(

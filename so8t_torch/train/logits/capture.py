@@ -1,7 +1,8 @@
 """Takes the logits of one forward pass out of the chunked loss while each block exists.
 
 Nothing is computed twice: the blocks are the loss's own, and log Σ exp comes from it, logsumexp = nll + z_label. What
-is kept is small (top-k) or converted (full), and leaves the device without waiting for it.
+is kept is small (top-k) or the block itself (full), which nobody else holds: the backward pass computes it again. It
+leaves the device without waiting for it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Capture:
         at_label = logits.gather(1, labels[:, None])[:, 0].to(nll.dtype)
         kept = {"logsumexp": (nll + at_label).float(), "label_logits": at_label.float()}
         if self._mode == "full":
-            kept["logits"] = logits.to(self._dtype, copy=True)
+            kept["logits"] = logits.to(self._dtype)
         else:
             values, ids = _largest(logits, min(self._top_k, logits.shape[-1]))
             kept |= {"values": values.to(self._dtype), "ids": ids.int()}
@@ -77,7 +78,7 @@ class Capture:
         """Return the record, stamped with the present time; waits until the copies have left the device."""
         if self._copied is not None:
             self._copied.synchronize()
-        tensors = self._places | {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+        tensors = self._places | {name: _joined([part[name] for part in self._parts]) for name in self._parts[0]}
         return LogitsRecord(
             tensors,
             self._mode,
@@ -99,6 +100,10 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ids = torch.from_numpy(split[:, -count:].copy())
     values, order = logits.gather(1, ids).sort(1, descending=True)
     return values, ids.gather(1, order)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _leave(value: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from so8t_torch.core.errors import DataError
+from so8t_torch.core.json_text import short
 from so8t_torch.train.checkpoint_state import read_foreign
 from so8t_torch.train.logits.record import LARGE, PLACED, LogitsRecord, from_parts, from_texts
 from so8t_torch.train.logits.store import NAME
@@ -52,12 +54,28 @@ def read_record(path: str | Path) -> LogitsRecord:
         raise DataError(f"{path}: no such file.")
     if path.suffix == ".pt":
         held = read_foreign(path)
+        if "mode" not in held:
+            raise _foreign(path, held)
         tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
         return from_parts(tensors, held, str(path))
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path}: expected a file of saved logits, logits_step_*.safetensors or .pt.")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in _NAMES.intersection(file.keys())}
-            texts = file.metadata()
+            texts, names = file.metadata() or {}, list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in _NAMES.intersection(names)}
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path}: not a complete safetensors file ({error}).") from error
+    if "mode" not in texts:
+        raise _foreign(path, names)
     return from_texts(tensors, texts, str(path))
+
+
+def _foreign(path: Path, names: Iterable[object]) -> DataError:
+    found = sorted(map(str, names))
+    more = f" and {len(found) - 3:,} more" if len(found) > 3 else ""
+    holds = f"the entries {', '.join(map(short, found[:3]))}{more}" if found else "nothing"
+    return DataError(
+        f"{path}: expected logits that a run saved (logits_step_*, with mode, step and labels), but it holds "
+        f"{holds}. Name such a file, their folder, or a run folder."
+    )

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -35,6 +34,9 @@ LARGE = {"full": ("logits",), "topk": ("values", "ids")}
 """Tensors of one row per position, by mode."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+_KINDS = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of dtypes in a safetensors file, in the order in which the library writes them."""
 
 _FACTS: dict[str, Callable[[Any], Any]] = {
     "mode": str,
@@ -75,19 +77,44 @@ class LogitsRecord:
         """Return the bytes of the tensors, beside which the rest of a file is small."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def _of(self, kind: torch.dtype) -> list[str]:
+        return sorted(name for name, tensor in self.tensors.items() if tensor.dtype == kind)
+
     def facts(self) -> dict[str, Any]:
         """Return everything that is not a tensor, as plain values."""
         labels = self.tensors["labels"]
         found = {name: getattr(self, name) for name in _FACTS if not name.startswith("labels_")}
         return found | {"labels_shape": list(labels.shape), "labels_dtype": str(labels.dtype)}
 
-    def encode(self, form: Form) -> bytes:
-        """Return the bytes of a file; ``pt`` loads with ``torch.load(path, weights_only=True)``."""
+    def encode(self, form: Form) -> list[memoryview]:
+        """Return the bytes of a file in pieces; ``pt`` loads with ``torch.load(path, weights_only=True)``.
+
+        Numerics: the pieces of ``safetensors`` are the tensors' own memory; the library would copy all of it.
+        """
         if form == "safetensors":
-            return safetensors.torch.save(self.tensors, {name: str(value) for name, value in self.facts().items()})
+            held = {name: self.tensors[name] for kind in _KINDS for name in self._of(kind)}
+            header = _header(held, {name: str(value) for name, value in self.facts().items()})
+            return [memoryview(header), *map(_memory, held.values())]
         buffer = io.BytesIO()
         torch.save({**self.tensors, **self.facts()}, buffer)
-        return buffer.getvalue()
+        return [buffer.getbuffer()]
+
+
+def _header(tensors: dict[str, Tensor], texts: dict[str, str]) -> bytes:
+    """Return what a safetensors file has before its numbers: the length of a JSON object, and the object."""
+    entries: dict[str, Any] = {"__metadata__": texts}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    # the numbers begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
 
 
 def from_texts(tensors: dict[str, Tensor], texts: dict[str, str] | None, source: str) -> LogitsRecord:

@@ -1,10 +1,15 @@
-"""``so8t logits show`` and ``so8t logits compare``: tables and pictures of saved logits."""
+"""``so8t logits show`` and ``so8t logits compare``: tables and pictures of saved logits.
+
+A pipe counts as a terminal of 80 columns: the tables have no lines between columns, columns without an entry are left
+out, and what still does not fit is folded, never cut.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +29,8 @@ from so8t_torch.train.logits.plots import draw
 from so8t_torch.train.logits.reading import find_records, read_record
 from so8t_torch.train.logits.record import LogitsRecord
 
-_COLUMNS = ("positions", "left out", "loss", "entropy", "accuracy", "confidence", "calibration error")
+_COLUMNS = ("tokens", "left out", "loss", "entropy", "acc.", "conf.", "cal.")
+_LEGEND = "loss, entropy in nats; acc. accuracy; conf. mean confidence; cal. calibration error"
 
 
 def speller(tokenizer: Path | None) -> Callable[[int], str]:
@@ -52,25 +58,44 @@ def show(path: str | Path, *, plot: Path | None = None, tokenizer: Path | None =
     """
     spell = speller(tokenizer)
     judged: dict[int, Judged] = {}
-    table = Table(title=f"logits saved in {path}, in nats")
-    for column in ("step", "epoch", "mode", *_COLUMNS):
-        table.add_column(column, justify="right")
+    modes: dict[str, None] = {}
+    rows: list[list[str]] = []
     for file in find_records(path):
         record = read_record(file)
         judged[record.step] = judge(record)
-        cells = _cells(summarise(judged[record.step]))
-        table.add_row(str(record.step), str(record.epoch), record.mode, *cells)
+        modes[record.mode] = None
+        rows.append([str(record.step), str(record.epoch), *_cells(summarise(judged[record.step]))])
     if plot is not None:
         draw({"": judged}, plot, f"saved logits at the supervised tokens: {path}", spell)
-    tokens = Table("token", "id", "predicted", "labels", title="the tokens most often predicted")
-    for token, said, meant in top_tokens(together(list(judged.values())), 12):
-        tokens.add_row(Text(spell(token)), str(token), f"{said:.3f}", f"{meant:.3f}")
-    return [table, tokens]
+    title = f"logits saved in {path} ({', '.join(modes)})"
+    tokens = _table(
+        "the tokens most often predicted, as shares of predictions and of labels",
+        ("token", "id", "predicted", "labels"),
+        [
+            [spell(token), str(token), f"{said:.3f}", f"{meant:.3f}"]
+            for token, said, meant in top_tokens(together(list(judged.values())), 12)
+        ],
+    )
+    return [_table(title, ("step", "epoch", *_COLUMNS), rows, caption=_LEGEND), tokens]
+
+
+def _table(
+    title: str, columns: Sequence[str], rows: Sequence[list[str]], *, caption: str | None = None, pairs: bool = False
+) -> Table:
+    """Return a table that fits a narrow terminal; ``pairs`` sets every two rows apart."""
+    filled = [place for place in range(len(columns)) if not rows or any(row[place] for row in rows)]
+    table = Table(title=Text(title), caption=caption, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for place in filled:
+        table.add_column(columns[place], justify="right", overflow="fold")
+    for number, row in enumerate(rows, 1):
+        table.add_row(*(Text(row[place]) for place in filled), end_section=pairs and number % 2 == 0)
+    return table
 
 
 def _cells(summary: Summary) -> list[str]:
     low, high = summary.entropy
-    entropy = f"{low:.4f}" if high - low < 5e-5 else f"{low:.3f}–{high:.3f}"
+    # with blanks around the dash, so that a narrow terminal breaks there and not inside a number
+    entropy = f"{low:.4f}" if high - low < 5e-5 else f"{low:.3f} – {high:.3f}"
     return [
         f"{summary.positions:,}",
         str(summary.left_out or ""),
@@ -85,7 +110,7 @@ def _cells(summary: Summary) -> list[str]:
 def compare(
     first: str | Path, second: str | Path, *, plot: Path | None = None, tokenizer: Path | None = None
 ) -> list[Table]:
-    """Return a table of both sides at each step that both have, and how they differ on the same tokens.
+    """Return a table of both sides at each step that both have, and one of how they differ on the same tokens.
 
     Args:
         first: a file of saved logits, a folder of them, or a run folder.
@@ -98,19 +123,18 @@ def compare(
     """
     pairs = _pairs(find_records(first), find_records(second))
     sides: tuple[dict[int, Judged], dict[int, Judged]] = ({}, {})
-    table = Table(title=f"A: {first}   B: {second}   (nats)")
-    for column in ("", "step", *_COLUMNS, "same top token", "|Δ log p(label)|", "KL(A‖B)"):
-        table.add_column(column, justify="right")
+    rows: list[list[str]] = []
     for one, other in pairs:
         for side, name, record in zip(sides, "AB", (one, other), strict=True):
             side[one.step] = judge(record)
-            changes = _changes(one, other) if name == "B" else ["", "", ""]
-            table.add_row(name, str(record.step), *_cells(summarise(side[one.step])), *changes)
-        table.add_section()
+            rows.append([name, str(record.step), *_cells(summarise(side[one.step]))])
     if plot is not None:
         title = f"saved logits at the supervised tokens: A {first}, B {second}"
         draw({"A": sides[0], "B": sides[1]}, plot, title, speller(tokenizer))
-    return [table]
+    each = _table(f"A: {first}\nB: {second}", ("", "step", *_COLUMNS), rows, caption=_LEGEND, pairs=True)
+    changes = [[str(one.step), *_changes(one, other)] for one, other in pairs]
+    columns = ("step of A", "same top token", "|Δ log p(label)|", "KL(A‖B)")
+    return [each, _table("B against A on the same tokens, in nats", columns, changes)]
 
 
 def _pairs(first: list[Path], second: list[Path]) -> list[tuple[LogitsRecord, LogitsRecord]]:

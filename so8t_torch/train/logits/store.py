@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -119,9 +119,9 @@ class Store:
         """
         data = record.encode(self._form)
         self.prepare()
-        free = shutil.disk_usage(self.folder).free
-        if free < 2 * len(data):
-            raise OSError(errno.ENOSPC, f"{size(len(data))} to be written, but only {size(free)} are free")
+        free, needed = shutil.disk_usage(self.folder).free, sum(piece.nbytes for piece in data)
+        if free < 2 * needed:
+            raise OSError(errno.ENOSPC, f"{size(needed)} to be written, but only {size(free)} are free")
         stem = f"logits_step_{record.step}_epoch_{record.epoch}_{record.timestamp}"
         with _waiting(self.folder / f".{stem}.{secrets.token_hex(4)}.part", data) as waiting:
             path = self._name(waiting, stem)
@@ -179,14 +179,14 @@ def _age(name: str) -> tuple[int, str, int]:
 
 
 @contextmanager
-def _waiting(path: Path, data: bytes) -> Iterator[Path]:
+def _waiting(path: Path, data: Sequence[memoryview]) -> Iterator[Path]:
     """Write a file under a waiting name, synced; the name is gone after the block, whatever happens."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         _lock(handle)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(handle, rest) :]
+        for rest in data:
+            while rest:
+                rest = rest[os.write(handle, rest) :]
         os.fsync(handle)
         yield path
     finally:
