@@ -230,7 +230,7 @@ def long_context(config: ConfigPath, overrides: Overrides = None) -> None:
     from so8t_torch.train.long_context import LongContextConfig, run_long_context
 
     settings = load_config(LongContextConfig, config, overrides or ())
-    for table in run_long_context(settings).tables():
+    for table in run_long_context(settings, typer.echo).tables():
         Console().print(table)
 
 
