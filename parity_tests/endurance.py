@@ -7,7 +7,7 @@ all rounds of a situation:
 
     in float64, where the truth is a float64 computation, too: a norm-wise error above 1e-11 (1e-10 for gradients), and
     every draw over the declared budget where half of them are
-    below: an error above twice the worst one of the definition evaluated in float32, and above 1 eps
+    below: an error above 1 eps and above four times the worst one of the definition evaluated in float32
 
 Run: python -m parity_tests --examples 10000
 """
@@ -35,6 +35,8 @@ _Kind = tuple[str, str, str, str]
 """Name of a pair, strategy, size and dtype."""
 WITHIN, GRADIENTS_WITHIN = 1e-11, 1e-10
 """Largest norm-wise error in float64."""
+LUCK = 4.0
+"""Two sound computations of a sum that cancels differ by this much in error: 3.3 were seen (physics.decay_budget)."""
 MOST_FAILURES = 5
 """Failures of a room that are told; the rest are counted."""
 
@@ -125,7 +127,7 @@ def _allowed(draws: list[_Draw]) -> dict[str, float]:
     for what, deviations in errors.items():
         dtype, budget = deviations[0].dtype, deviations[0].budget
         if bars[what]:
-            found[what] = max(2.0 * max(bars[what]), 1.0)
+            found[what] = max(LUCK * max(bars[what]), 1.0)
         elif dtype not in ("float64", "complex128") or np.median([d.eps for d in deviations]) > budget:
             found[what] = budget
         else:
