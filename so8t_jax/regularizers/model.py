@@ -86,7 +86,7 @@ class Block(nnx.Module):
 
     def _memory(self, x: Array) -> tuple[Array, Place, Array]:
         rows, length = x.shape[:2]
-        q, k, v = jnp.split(self.memory_in(x).reshape(rows, length, self.heads, -1), 3, axis=-1)
+        q, k, v = jnp.split(jnp.reshape(self.memory_in(x), (rows, length, self.heads, -1)), 3, axis=-1)
         rate, eta = jax.nn.softplus(self.decay(x)), jnp.ones((rows, length, self.heads))
         read, _ = jax.vmap(hebbian.hebbian)(q, k, v, rate, eta)
         keys = k / (jnp.linalg.norm(k, axis=-1, keepdims=True) + 1e-6)
