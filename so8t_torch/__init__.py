@@ -53,6 +53,7 @@ _EXPORTS = {
     "list_presets": "so8t_torch.models.presets",
     "list_phase2_presets": "so8t_torch.models.presets",
     "print_preset_comparison": "so8t_torch.models.presets",
+    "SlotPool": "so8t_torch.models.slots",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -230,7 +230,7 @@ def long_context(config: ConfigPath, overrides: Overrides = None) -> None:
     from so8t_torch.train.long_context import LongContextConfig, run_long_context
 
     settings = load_config(LongContextConfig, config, overrides or ())
-    for table in run_long_context(settings).tables():
+    for table in run_long_context(settings, typer.echo).tables():
         Console().print(table)
 
 
@@ -276,8 +276,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Write text as it is generated, then say how fast, and how many bytes of state it took."""
+    from transformers.utils.logging import disable_progress_bar
+
     from so8t_torch.models.streaming import Drawing, Writing, load
 
+    disable_progress_bar()
     drawing = Drawing(tokens, temperature, top_k, top_p, seed)
     writing = Writing(*load(run), prompt, drawing)
     for piece in writing:

@@ -52,7 +52,7 @@ class Block(nnx.Module):
         self.memory_in = nnx.Linear(width, 3 * heads * head, use_bias=False, rngs=rngs)
         self.decay = nnx.Linear(width, heads, rngs=rngs)
         lives = np.geomspace(*HALF_LIVES, heads)
-        self.decay.bias[...] = jnp.asarray(np.log(np.expm1(np.log(2) / lives)), jnp.float32)
+        self.decay.bias = nnx.Param(jnp.asarray(np.log(np.expm1(np.log(2) / lives)), jnp.float32))
         self.memory_out = nnx.Linear(heads * head, width, rngs=rngs)
         self.up, self.down = nnx.Linear(width, hidden, rngs=rngs), nnx.Linear(hidden, width, rngs=rngs)
 
@@ -86,7 +86,7 @@ class Block(nnx.Module):
 
     def _memory(self, x: Array) -> tuple[Array, Place, Array]:
         rows, length = x.shape[:2]
-        q, k, v = jnp.split(self.memory_in(x).reshape(rows, length, self.heads, -1), 3, axis=-1)
+        q, k, v = jnp.split(jnp.reshape(self.memory_in(x), (rows, length, self.heads, -1)), 3, axis=-1)
         rate, eta = jax.nn.softplus(self.decay(x)), jnp.ones((rows, length, self.heads))
         read, _ = jax.vmap(hebbian.hebbian)(q, k, v, rate, eta)
         keys = k / (jnp.linalg.norm(k, axis=-1, keepdims=True) + 1e-6)
@@ -94,7 +94,7 @@ class Block(nnx.Module):
         states = jax.vmap(jax.vmap(_fast_weights))(*parts)
         names = ("memory_states", "keys", "values", "retention", "eta")
         memories = dict(zip(names, (states, *parts), strict=True))
-        return read.reshape(rows, length, -1), memories, rate.reshape(-1, self.heads)
+        return jnp.reshape(read, (rows, length, -1)), memories, jnp.reshape(rate, (-1, self.heads))
 
 
 class SmallModel(nnx.Module):
@@ -139,7 +139,7 @@ class SmallModel(nnx.Module):
             x, found = block(x)
             stream.append(x)
             seen.append(found)
-        states = jnp.stack([h.reshape(-1, h.shape[-1]) for h in stream])
+        states = jnp.stack([jnp.reshape(h, (-1, jnp.shape(h)[-1])) for h in stream])
         observation: Observation = {kind: [found[kind] for found in seen] for kind in seen[0]}
         observation["trajectory"] = [{"states": states}]
         observation["maps"] = [

@@ -106,13 +106,13 @@ def try_out(
         raise ValueError(f"{regularizer.name} has no option {unknown[0]!r}; it has {', '.join(regularizer.options)}")
     demanded = constraint(regularizer, weight, target, limit, **(options or {}))
     optimiser = optax.adam(rate)
-    runs = [
+    without, along = (
         fit(
             SmallModel(2 * SYMBOLS, rngs=nnx.Rngs(seed)), recall_loss, recall(seed, steps), optimiser, [each], seed=seed
         )
         for each in (replace(demanded, weight=0.0), demanded)
-    ]
-    return Trial(regularizer.name, runs[0], runs[1], target)
+    )
+    return Trial(regularizer.name, without, along, target)
 
 
 def constraint(

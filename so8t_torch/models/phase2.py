@@ -32,7 +32,7 @@ from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
-from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark
+from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark, may_turn
 from so8t_torch.nn.short_convolution import ShortConvolution
 from so8t_torch.nn.zeta_initialization import ZetaInitializer
 
@@ -216,8 +216,10 @@ class Phase2Block(GradientCheckpointingLayer):
         """Return what is added to the potentials of up to a chunk of tokens (B, 1 or N, C), and to that of the next."""
         assert self.memory is not None
         if marks.aligned:
-            entered = self.memory.judge(state["memory"]).weights
-            shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), state["shift"])
+            shift = state["shift"]
+            if may_turn(marks.turns[:, 0]):
+                entered = self.memory.judge(state["memory"]).weights
+                shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), shift)
             return shift[:, None], shift
         turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
         before = torch.where(begun, 0.0, state["shift"][:, None])

@@ -17,7 +17,15 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from so8t_torch.core.errors import ConfigError, ShapeError
 
-__all__ = ["RecurrentCache", "read_positions", "read_states", "state_bytes", "write_positions", "write_states"]
+__all__ = [
+    "RecurrentCache",
+    "copy_row",
+    "read_positions",
+    "read_states",
+    "state_bytes",
+    "write_positions",
+    "write_states",
+]
 
 _FIRST = 1
 """The place of the first named tensor of a block; before it lies the position."""
@@ -117,6 +125,22 @@ def write_positions(cache: Cache, positions: Int[Tensor, " b"], columns: int) ->
     _keep(_layer(cache, 0), 0, positions)
     if isinstance(cache, RecurrentCache):
         cache.columns += columns
+
+
+def copy_row(cache: Cache, row: int, other: Cache | None, source: int = 0) -> None:
+    """Put a row of another cache in the place of one of this, or set it back to its beginning.
+
+    Args:
+        cache: whose row is overwritten, in place.
+        row: its number.
+        other: of the same model; none for a row at its beginning.
+        source: the number of the row there.
+    """
+    for number, layer in enumerate(cache.layers):
+        for place, tensor in layer.recurrent_states.items():
+            if tensor is not None:
+                found = None if other is None else other.layers[number].recurrent_states[place]
+                tensor[row] = 0 if found is None else found[source]
 
 
 def state_bytes(cache: Cache) -> int:

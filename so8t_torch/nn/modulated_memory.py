@@ -27,7 +27,7 @@ from so8t_torch.nn.hebbian import DissipativeHebbianLayer, Tokens
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
 
-__all__ = ["Marks", "MemoryState", "ModulatedMemory", "mark"]
+__all__ = ["Marks", "MemoryState", "ModulatedMemory", "mark", "may_turn"]
 
 
 class MemoryState(NamedTuple):
@@ -160,7 +160,7 @@ class ModulatedMemory(nn.Module):
             Tokens; state; and detached (B, N, H): ``decay`` and ``eta`` as they acted, and, with ``monitored``,
             ``energy``, ``entering``, ``dissipation``, ``supply``, and ``bound`` of ‖S‖ for the rule "hebb".
         """
-        tokens = self._stepped(x, marks.real, self.hebbian.tokens(x, marks.real, gamma, keyed))
+        tokens = self.tokens(x, gamma, marks, keyed=keyed)
         judges = self.snr is not None or self.resonance is not None
         length, found = x.shape[1], []
         for first in range(0, length, self.chunk if judges else length):
@@ -171,6 +171,17 @@ class ModulatedMemory(nn.Module):
             found.append(worked)
         worked = {name: _joined([part[name] for part in found]) for name in found[0]}
         return self.hebbian.output(worked.pop("read")), state, worked
+
+    def tokens(
+        self,
+        x: Float[Tensor, "b n d"],
+        gamma: Float[Tensor, "b n h"],
+        marks: Marks,
+        *,
+        keyed: Float[Tensor, "b n d"] | None = None,
+    ) -> Tokens:
+        """Return what the memory would work with if nothing were judged; the arguments are those of ``forward``."""
+        return self._stepped(x, marks.real, self.hebbian.tokens(x, marks.real, gamma, keyed))
 
     def judge(self, weights: Float[Tensor, "b h k v"]) -> MemoryState:
         """Return the state that a chunk begins with instead of this one, and its excesses."""
@@ -193,7 +204,7 @@ class ModulatedMemory(nn.Module):
     def _aligned_run(self, tokens: Tokens, state: MemoryState, marks: Marks, monitored: bool) -> _Run:
         """Run the tokens of one chunk: the rows that turn do so at the first."""
         turns = marks.turns[:, 0]
-        if _any(turns):
+        if may_turn(turns):
             state = _chosen(turns, self.judge(state.weights), state)
         worked, weights = self._recur(_modulated(tokens, state.excess[:, None]), state.weights, None, monitored)
         return worked, state._replace(weights=weights)
@@ -204,7 +215,7 @@ class ModulatedMemory(nn.Module):
         turned, begun = (part.long().cumsum(1) > 0 for part in (marks.turns, marks.starts))
         early = _kept(_modulated(tokens, _unless(begun, state.excess)), ~turned)
         worked, weights = self._recur(early, state.weights, _up_to(marks.documents, turned), monitored)
-        if _any(turned):
+        if may_turn(turned):
             judged = self.judge(weights)
             late = _kept(_modulated(tokens, _unless(begun, judged.excess)), turned)
             after, later = self._recur(late, judged.weights, marks.documents, monitored)
@@ -275,7 +286,7 @@ def _joined(parts: Any) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
-def _any(marks: Tensor) -> bool:
+def may_turn(marks: Tensor) -> bool:
     """Return whether a mark is set; where values are not waited for, that it may be."""
     if torch.compiler.is_compiling() or marks.device.type != "cpu":
         return True

@@ -42,7 +42,7 @@ from so8t_torch.train.rollback import Recovery, RollbackRequested, TrainingExtra
 from so8t_torch.train.sharding import is_sharded
 from so8t_torch.train.start import Start
 
-STATE = "so8t_state"
+STATE, VERSION = "so8t_state", 2
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,8 @@ class CheckpointedTrainer(Trainer):
         self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
         extras = {extra.name: extra.state() for extra in self.extras}
         data = {"samples": self.consumption.samples, "sha256": self._digest}
-        state = {"version": 1, "base": dict(self.keeping.base), "data": data, "phases": self.phases(), "extras": extras}
+        state = {"version": VERSION, "base": dict(self.keeping.base), "data": data}
+        state |= {"phases": self.phases(), "extras": extras}
         (waiting / f"{STATE}.json").write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def _manifest(self, health: Health) -> Manifest:
@@ -296,6 +297,11 @@ class CheckpointedTrainer(Trainer):
                 "be others. Start as many as before, or begin a new run."
             )
         state = files.read_state(folder, STATE)
+        if state.get("version") != VERSION:
+            raise CheckpointError(
+                f"{folder}: expected a state of version {VERSION}, got {state.get('version')!r}: another version of "
+                "so8t wrote it. Go on with that one, or begin a new run."
+            )
         if changed := changes(state["base"], self.keeping.base):
             raise CheckpointError(
                 f"{folder} was trained on another base: {'; '.join(changed)}. What was learned does not fit this one. "

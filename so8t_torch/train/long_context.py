@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -69,6 +69,11 @@ class Finding:
     accuracy: dict[int, float]
     reach: dict[int, float]
 
+    def line(self) -> str:
+        """Return it in one line."""
+        shares = ", ".join(f"{share:.2f} at {distance:,}" for distance, share in self.accuracy.items())
+        return f"{self.task}, {self.variant}: loss {self.losses[-1]:.3f}; right answers {shares}"
+
 
 @dataclass(frozen=True)
 class LongContextReport:
@@ -102,8 +107,12 @@ class LongContextReport:
         draw(self, folder / "long_context.png")
 
 
-def run_long_context(config: LongContextConfig) -> LongContextReport:
+def run_long_context(config: LongContextConfig, tell: Callable[[str], object] = str) -> LongContextReport:
     """Train, measure and write the report of a configuration.
+
+    Args:
+        config: of the report.
+        tell: is called with a line for every model that has been measured.
 
     Raises:
         ConfigError: a field that the model does not have, or a distance that is too short for a task.
@@ -116,6 +125,7 @@ def run_long_context(config: LongContextConfig) -> LongContextReport:
             set_seed(config.seed)
             model = _model(config, task, remembers)
             findings.append(_examine(config, task, variant, model))
+            tell(findings[-1].line())
             memory = model if remembers else memory
     assert memory is not None
     speeds = [measure_speed(memory, length) for length in config.measuring.lengths]

@@ -8,8 +8,9 @@
 
 s counts real tokens; padding belongs to no state. Axes before those that a term of the room ``physics`` names are
 independent problems. A hook on each module in question keeps its call; what is needed is computed from that after the
-forward pass, in the dtype of the module's parameters. A memory is looked at for the first ``MEMORY_TOKENS`` tokens of a
-call, whose states exist at once; under the rule "delta" values are what is written, v − (aS)ᵀk.
+forward pass, in the dtype of the module's parameters. A memory is looked at for its first ``MEMORY_TOKENS`` tokens,
+whose states exist at once, or for the first chunk that is judged where that is shorter; under the rule "delta" values
+are what is written, v − (aS)ᵀk.
 """
 
 from __future__ import annotations
@@ -126,8 +127,9 @@ class Observer:
             return [_map(self.layers[index], calls[self.layers[index]][-1], mask, generator) for index in drawn]
         if kind == "rates":
             return [{"decay": _rates(module, calls[module], mask)} for module in sources]
-        read = _memory if kind == "memories" else _chain
-        return [read(module, call) for module in sources for call in calls[module]]
+        if kind == "memories":
+            return [_memory(module, calls[module][0]) for module in sources]
+        return [_chain(module, call) for module in sources for call in calls[module]]
 
 
 def check_sources(decoder: nn.Module, kinds: Collection[str]) -> None:
@@ -252,7 +254,10 @@ def _written(
     """Return a memory, the tokens that it worked with, the state that entered, and where it was dropped."""
     given = _named(module, call)
     if isinstance(module, ModulatedMemory):
-        return module.hebbian, call.output[2], given["state"].weights, given["marks"].starts
+        x, keyed, marks = given["x"], given.get("keyed"), given["marks"]
+        keyed = None if keyed is None else _in_its_dtype(module, keyed)
+        tokens = module.tokens(_in_its_dtype(module, x), given["gamma"], marks, keyed=keyed)
+        return module.hebbian, tokens, given["state"].weights, marks.starts
     assert isinstance(module, DissipativeHebbianLayer), "SOURCES"
     x = _in_its_dtype(module, given["x"])
     ids, starts = given.get("segment_ids"), None

@@ -136,8 +136,7 @@ class Physics(TrainerCallback):
 
     def undo(self) -> None:
         """Forget what this step gave so far: it is taken again, or not at all."""
-        self._measured = None
-        self._calls = None
+        self._measured = self._calls = None
         self._taken = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

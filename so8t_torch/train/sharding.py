@@ -60,8 +60,15 @@ def _obstacles(plugin: Any, model: nn.Module, optimiser: str) -> Iterator[str]:
         yield "Every process reads the base itself; set FSDP_CPU_RAM_EFFICIENT_LOADING=false."
     if isinstance(model, PeftModel) and getattr(model.get_base_model(), "is_loaded_in_8bit", False):
         yield "An 8-bit base cannot be cut into shards; set loading.quantization to nf4 or none."
+    if not isinstance(model, PeftModel) and _head(model) is None:
+        yield "A tensor train that is its own head is not whole behind the model; set model.fields.htt_enabled=false."
     if optimiser != "adamw_torch":
         yield f"training.optimiser {optimiser} cannot step on shards; set adamw_torch."
+
+
+def _head(model: Any) -> nn.Module | None:
+    """Return the part of a model that turns states into logits, if it is one."""
+    return model.get_output_embeddings()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

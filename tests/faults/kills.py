@@ -96,7 +96,7 @@ class Zygote:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=600)
         self._process.stdout.close()
 
     def train(self, config: TrainConfig, fault: dict[str, Any], *, log: Path, count: Path | None = None) -> int:

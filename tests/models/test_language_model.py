@@ -275,3 +275,16 @@ def test_blocks_carry_what_they_say():
     block = Phase2Block(built(feedback_enabled=True).config)
     assert block.state_names == ("chain", "conv", "memory", "excess", "shift")
     assert not any(state.any() for state in block.initial_state(3, torch.device("cpu"), torch.float32).values())
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_a_step_of_generation_compiles_to_one_graph():
+    model, tokens = built(n_layers=1), ids()
+    plain, cache = model(tokens, use_cache=True).past_key_values, model(tokens, use_cache=True).past_key_values
+    torch.compiler.reset()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for place in range(3):
+        token = tokens[:, place : place + 1]
+        wanted = model(token, past_key_values=plain, use_cache=True).logits
+        torch.testing.assert_close(step(token, past_key_values=cache, use_cache=True).logits, wanted)

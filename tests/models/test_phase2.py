@@ -131,6 +131,26 @@ def test_packed_documents_are_documents_alone(variant):
     same_states(packed.past_key_values, alone.past_key_values)
 
 
+@torch.no_grad()
+def test_padding_documents_and_calls_together():
+    model, tokens = built("feedback"), ids(2, 18)
+    numbers = torch.tensor([[0] * 3 + [1] * 6 + [2] * 9, [0] * 8 + [1] * 10])
+    real = torch.ones(2, 18, dtype=torch.bool)
+    real[0, :2] = real[1, 10] = real[1, 15:] = False
+    first = model(tokens[:, :7], attention_mask=real[:, :7], segment_ids=numbers[:, :7], use_cache=True)
+    second = model(
+        tokens[:, 7:], attention_mask=real, segment_ids=numbers[:, 7:], past_key_values=first.past_key_values
+    )
+    logits = torch.cat([first.logits, second.logits], 1)
+    for row in range(2):
+        for number in range(numbers[row, -1] + 1):
+            here = (numbers[row] == number) & real[row]
+            alone = model(tokens[row : row + 1, here]).logits[0]
+            torch.testing.assert_close(logits[row, here], alone, rtol=0, atol=ROUNDING)
+    positions = first.past_key_values.layers[0].recurrent_states[0]
+    assert positions.tolist() == [9, 6]
+
+
 @every_variant
 @torch.no_grad()
 def test_no_later_token_changes_a_bit(variant):

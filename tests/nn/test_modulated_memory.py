@@ -74,7 +74,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 19])
+@pytest.mark.parametrize("length", [1, 4, 19])
 def test_runs_are_what_tokens_one_by_one_are(variant, length):
     module, (x, gamma) = memory(**VARIANTS[variant]), drawn(2, length)
     positions = torch.arange(length).expand(2, -1)
@@ -87,7 +87,7 @@ def test_runs_are_what_tokens_one_by_one_are(variant, length):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("first", [1, 2, 4, 7])
+@pytest.mark.parametrize("first", [1, 4, 7])
 def test_a_call_may_begin_anywhere_inside_a_chunk(variant, first):
     module, (x, gamma) = memory(**VARIANTS[variant]), drawn(1, 17)
     state, parts = zeros(1), []

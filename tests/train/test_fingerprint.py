@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from so8t_torch.core.errors import CheckpointError, ConfigError
-from so8t_torch.train import fingerprint
+from so8t_torch.train import checkpointed, fingerprint
 from so8t_torch.train.building import base_fingerprint, load_model
 from so8t_torch.train.config import LoadingSection
 from so8t_torch.train.fingerprint import changes, of_folder
@@ -92,7 +92,7 @@ def test_a_folder_without_weights_has_none(tmp_path):
         of_folder(tmp_path)
 
 
-def test_a_run_does_not_go_on_upon_another_base(settings, tiny_source, tmp_path):
+def test_a_run_does_not_go_on_upon_another_base(settings, tiny_source, tmp_path, monkeypatch):
     shutil.copytree(tiny_source, tmp_path / "base")
     sections = {
         "base": {"path": str(tmp_path / "base")},
@@ -109,4 +109,8 @@ def test_a_run_does_not_go_on_upon_another_base(settings, tiny_source, tmp_path)
         run_training(settings(**sections), resume="auto")
     assert before == {path: path.read_bytes() for path in directory.rglob("checkpoint-1/*")}
     path.write_bytes(whole)
+    with monkeypatch.context() as later:
+        later.setattr(checkpointed, "VERSION", 3)
+        with pytest.raises(CheckpointError, match=r"expected a state of version 3, got 2"):
+            run_training(settings(**sections), resume="auto")
     assert run_training(settings(**sections), resume="auto").steps == 2

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from so8t_torch.core.config import load_config, parse_config
-from so8t_torch.core.errors import ConfigError
+from so8t_torch.core.errors import ConfigError, TrainingError
 from so8t_torch.data.packing import byte_tokenizer
 from so8t_torch.models import streaming
 from so8t_torch.models.streaming import Drawing, Writing
@@ -22,6 +23,7 @@ from so8t_torch.train.evaluation import evaluate_run
 from so8t_torch.train.folder import read_metrics
 from so8t_torch.train.plan import plan
 from so8t_torch.train.run import run_training
+from so8t_torch.train.sharding import prepare_sharding
 from tests.faults.kills import TIMES
 
 FIELDS = {
@@ -239,6 +241,13 @@ def test_the_plan_counts_the_model_and_its_moments(settings):
     assert sizes["activations"] > 0
     with pytest.raises(ConfigError, match="not llama"):
         plan(settings("llama"))
+
+
+def test_shards_of_a_head_that_is_no_part_of_the_model_are_refused(settings):
+    model = language.build(settings("phase1")).model
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)
+    with pytest.raises(TrainingError, match="is not whole behind the model"):
+        prepare_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model, "adamw_torch")
 
 
 def test_decisions_of_a_language_model_are_refused(finished):

@@ -115,7 +115,8 @@ def settings(tmp_path, **changes):
 
 
 def test_the_report_holds_every_task_with_and_without_memory(tmp_path):
-    report = run_long_context(settings(tmp_path))
+    told = []
+    report = run_long_context(settings(tmp_path), told.append)
     assert [(found.task, found.variant) for found in report.findings] == [
         (task, variant) for task in ("recall", "copy") for variant in ("memory", "no memory")
     ]
@@ -128,6 +129,7 @@ def test_the_report_holds_every_task_with_and_without_memory(tmp_path):
     assert (tmp_path / "report/long_context.png").stat().st_size > 10_000
     assert [speed["length"] for speed in stored["speeds"]] == [8, 16]
     assert len(report.tables()) == 2
+    assert [line.partition(": loss ")[0] for line in told] == [f"{one.task}, {one.variant}" for one in report.findings]
 
 
 @pytest.mark.parametrize(

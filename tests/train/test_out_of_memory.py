@@ -106,9 +106,11 @@ class Full:
     ("call", "step"), [(1, 1), (2, 1), (3, 2)], ids=["nothing written", "half written in the first step", "later"]
 )
 def test_the_optimisers_step_is_taken_once_more(settings, tmp_path, monkeypatch, call, step):
-    clean = run_training(settings(output_dir=str(tmp_path / "clean")))
+    # without a warm-up, whose first step has no rate and moves nothing
+    training = {"max_steps": 3, "warmup": 0.0}
+    clean = run_training(settings(output_dir=str(tmp_path / "clean"), training=training))
     full = Full(monkeypatch, call)
-    again = run_training(settings())
+    again = run_training(settings(training=training))
     assert full.times == 0
     assert remedies(again.directory) == [(step, "optimiser", "free")]
     assert not differences(trace(clean.directory), trace(again.directory))

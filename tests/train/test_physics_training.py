@@ -18,7 +18,6 @@ from so8t_torch.train.folder import read_metrics
 from so8t_torch.train.physics import Physics, PhysicsSection
 from so8t_torch.train.physics_terms import import_terms, register_term, term_names
 from so8t_torch.train.run import run_training
-from tests.faults.kills import differences, trace
 from tests.train.test_resume import cut_off
 from tests.train.test_trainer import WHOLE, by_hand, excite, train
 
@@ -335,7 +334,9 @@ def test_phase_2_trains_under_all_eight_terms_and_resumes_with_its_multipliers(w
         assert rows[-1][f"physics/{name}/multiplier"] > 0, name
     cut_off(whole("cut"), 3)
     resumed = run_training(whole("cut"), resume="auto")
-    assert not differences(trace(quiet.directory), trace(resumed.directory))
+    timing = {"time", "tokens_per_second"}
+    last, again = ({k: v for k, v in told(run.directory)[-1].items() if k not in timing} for run in (quiet, resumed))
+    assert last == again
 
 
 def test_an_ablation_leaves_terms_out_one_by_one(whole):
@@ -354,7 +355,7 @@ def test_an_ablation_leaves_terms_out_one_by_one(whole):
 
 
 def test_terms_that_a_run_cannot_have_leave_no_folder(whole):
-    config = whole("bad", model={"kind": "llama", "fields": {"hidden_size": 16, "num_hidden_layers": 1}})
+    config = whole("bad", model={"kind": "llama", "fields": {"hidden_size": 64, "num_hidden_layers": 1}})
     with pytest.raises(TrainingError, match="DissipativeBKLayer"):
         run_training(config)
     with pytest.raises(ConfigError, match="did you mean 'ward_residual'"):
