@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
+from so8t_torch.models.quantization import with_kept_maps
 from so8t_torch.models.rows import Rows, lay_out
 from so8t_torch.models.states import RecurrentCache, read_positions, read_states, write_positions, write_states
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
@@ -56,6 +57,31 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    kept_maps: ClassVar[tuple[str, ...]] = ("lm_head",)
+    """Ends of the names of linear maps that keep their weights where bitsandbytes quantises the others."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """Return the model of a folder as transformers does, ``kept_maps`` with the weights that the file gives them.
+
+        Maps of 4 bits on a CPU are computed as in training, because bitsandbytes repacks them otherwise at the first
+        call: it can do so with few widths, and what is saved or trained afterwards is wrong.
+
+        Args:
+            *args: as for ``PreTrainedModel``.
+            quantization_config: see there.
+            **kwargs: see there.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = with_kept_maps(quantization_config, cls.kept_maps)
+        found: Any = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if getattr(model, "is_loaded_in_4bit", False):
+            # the package of adapters brings PEFT, which plain weights do not need
+            from so8t_torch.adapter.quantized import keep_training_on_cpu
+
+            keep_training_on_cpu(model)
+        return found
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
         """Initialise a module like those of the library, which asks for more than the weights a module has itself."""

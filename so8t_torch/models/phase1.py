@@ -25,6 +25,9 @@ from so8t_torch.nn.semiseparable import AdaptiveRankSemiseparableLayer, State
 
 __all__ = ["Phase1Block", "Phase1ForCausalLM", "Phase1Model"]
 
+KEPT_MAPS = ("lm_head", "mixer.gate.0", "mixer.gate.2", "mixer.time_step")
+"""What stays as it is beside quantised weights: gates and steps of the recurrence."""
+
 
 class Phase1Block(GradientCheckpointingLayer):
     """A mixer and a feed-forward part, each behind a layer norm and beside the residual stream.
@@ -146,6 +149,7 @@ class Phase1Model(RecurrentModel):
     config_class = Phase1Config
     block_class = Phase1Block
     _no_split_modules = ("Phase1Block",)
+    kept_maps = KEPT_MAPS
 
 
 class Phase1ForCausalLM(RecurrentForCausalLM):
@@ -154,6 +158,7 @@ class Phase1ForCausalLM(RecurrentForCausalLM):
     config_class = Phase1Config
     body_class = Phase1Model
     _no_split_modules = ("Phase1Block",)
+    kept_maps = KEPT_MAPS
 
 
 register(Phase1Config, Phase1Model, Phase1ForCausalLM)

@@ -40,6 +40,11 @@ __all__ = ["Phase2Block", "Phase2ForCausalLM", "Phase2IntegratedModel", "Phase2M
 
 SLOWEST_DECAY = 1e-4
 """Least decay rate of the memory per token."""
+KEPT_MAPS = (
+    *("lm_head", "bk.potential.projection", "bk_out", "memory.time_step"),
+    *("hebbian.gamma_proj", "hebbian.eta_proj"),
+)
+"""What stays as it is beside quantised weights: potentials, rates and steps, and the map of a few channels."""
 State = dict[str, Tensor]
 
 
@@ -283,6 +288,7 @@ class Phase2Model(RecurrentModel):
         "stability_metrics": "stability",
     }
     _no_split_modules = ("Phase2Block",)
+    kept_maps = KEPT_MAPS
 
 
 class Phase2ForCausalLM(RecurrentForCausalLM):
@@ -291,6 +297,7 @@ class Phase2ForCausalLM(RecurrentForCausalLM):
     config_class = Phase2Config
     body_class = Phase2Model
     _no_split_modules = ("Phase2Block",)
+    kept_maps = KEPT_MAPS
 
 
 Phase2IntegratedModel = Phase2ForCausalLM

@@ -278,7 +278,7 @@ class AdaptiveRankSemiseparableLayer(nn.Module):
             mixed, mixer = semiseparable.operator(values, u, v, decay, entering.mixer, segment_ids, chunk=self.chunk)
         mixer = mixer if turned is None else turned(mixer)
         local, band = self._banded(x, entering.band, segment_ids, padding_mask)
-        weighted = self.output_proj(mixed.to(self.output_proj.weight.dtype))
+        weighted = self.output_proj(mixed.to(self.output_proj.bias.dtype))
         diagnostics = {
             "state": State(mixer, band),
             "gates": gates[..., : self.max_rank],
