@@ -54,6 +54,8 @@ _EXPORTS = {
     "list_phase2_presets": "so8t_torch.models.presets",
     "print_preset_comparison": "so8t_torch.models.presets",
     "SlotPool": "so8t_torch.models.slots",
+    "quantization_cost": "so8t_torch.models.quantization",
+    "round_cores": "so8t_torch.nn.int8_tensor_train",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -19,7 +19,6 @@ from so8t_torch.core.errors import ConfigError, ShapeError
 
 __all__ = [
     "RecurrentCache",
-    "copy_row",
     "read_positions",
     "read_states",
     "state_bytes",
@@ -125,22 +124,6 @@ def write_positions(cache: Cache, positions: Int[Tensor, " b"], columns: int) ->
     _keep(_layer(cache, 0), 0, positions)
     if isinstance(cache, RecurrentCache):
         cache.columns += columns
-
-
-def copy_row(cache: Cache, row: int, other: Cache | None, source: int = 0) -> None:
-    """Put a row of another cache in the place of one of this, or set it back to its beginning.
-
-    Args:
-        cache: whose row is overwritten, in place.
-        row: its number.
-        other: of the same model; none for a row at its beginning.
-        source: the number of the row there.
-    """
-    for number, layer in enumerate(cache.layers):
-        for place, tensor in layer.recurrent_states.items():
-            if tensor is not None:
-                found = None if other is None else other.layers[number].recurrent_states[place]
-                tensor[row] = 0 if found is None else found[source]
 
 
 def state_bytes(cache: Cache) -> int:
