@@ -19,6 +19,13 @@ def walk(generator, size):
     return (generator.standard_normal((size["l"] + 1, size["s"], size["d"])).cumsum(0),)
 
 
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    """JAX as it comes, whatever another test of this process has set."""
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+        yield
+
+
 @pytest.fixture
 def register(monkeypatch):
     """Register into a copy of the table."""

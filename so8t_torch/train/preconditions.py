@@ -10,15 +10,12 @@ from peft import PeftModel
 from torch import nn
 
 from so8t_torch.core.errors import TrainingError
-from so8t_torch.nn.tensor_train_head import TensorTrainHead
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return the stack of layers and the output embedding of a causal language model, adapted or not.
-
-    An embedding that is a tensor train is its own head, which is no part of the model.
 
     Raises:
         TrainingError: the model changes its logits after the head, which the chunked loss does not.
@@ -27,8 +24,7 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     for name in LOGIT_TRANSFORMS:
         if getattr(plain.config, name, None) not in (None, 1, 1.0):
             raise TrainingError(f"{type(plain).__name__} applies {name} to its logits; the chunked loss does not.")
-    decoder, head = plain.get_decoder(), plain.get_output_embeddings()
-    return decoder, TensorTrainHead(plain.get_input_embeddings()) if head is None else head
+    return plain.get_decoder(), plain.get_output_embeddings()
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from so8t_torch.adapter.summary import whole
 from so8t_torch.core.errors import TrainingError
+from so8t_torch.nn.tensor_train_head import TensorTrainHead
 
 _ADAPTER = ("so8t_", ".modules_to_save.")
 
@@ -60,14 +61,14 @@ def _obstacles(plugin: Any, model: nn.Module, optimiser: str) -> Iterator[str]:
         yield "Every process reads the base itself; set FSDP_CPU_RAM_EFFICIENT_LOADING=false."
     if isinstance(model, PeftModel) and getattr(model.get_base_model(), "is_loaded_in_8bit", False):
         yield "An 8-bit base cannot be cut into shards; set loading.quantization to nf4 or none."
-    if not isinstance(model, PeftModel) and _head(model) is None:
+    if not isinstance(model, PeftModel) and isinstance(_head(model), TensorTrainHead):
         yield "A tensor train that is its own head is not whole behind the model; set model.fields.htt_enabled=false."
     if optimiser != "adamw_torch":
         yield f"training.optimiser {optimiser} cannot step on shards; set adamw_torch."
 
 
-def _head(model: Any) -> nn.Module | None:
-    """Return the part of a model that turns states into logits, if it is one."""
+def _head(model: Any) -> nn.Module:
+    """Return what turns a model's states into logits."""
     return model.get_output_embeddings()
 
 
