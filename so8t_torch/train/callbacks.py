@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from so8t_torch.core.errors import DataError
 from so8t_torch.train.folder import RunFolder
 from so8t_torch.train.table import write_table
 
@@ -44,7 +45,7 @@ class Recorder(TrainerCallback):
         self._folder.settle()
         if (self._folder.path / path).is_dir():
             self._folder.event("checkpoint", step=state.global_step, path=path.as_posix())
-            with contextlib.suppress(OSError):  # made again at the end, where a disk that refuses it is an error
+            with contextlib.suppress(OSError, DataError):  # made again at the end, where what refuses it is told
                 write_table(self._folder.metrics, self._folder.table)
 
 

@@ -12,12 +12,10 @@ finite is never written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import shutil
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from so8t_torch.data.chat import Encoded
 from so8t_torch.train import checkpoint_state as files
 from so8t_torch.train import checkpoints
 from so8t_torch.train.data_order import Consumption, Span, Stream
-from so8t_torch.train.fingerprint import Fingerprint, changes
+from so8t_torch.train.fingerprint import Fingerprint, changes, digest
 from so8t_torch.train.health import scan
 from so8t_torch.train.manifest import Health, Manifest, read_manifest
 from so8t_torch.train.rollback import Recovery, RollbackRequested, TrainingExtra
@@ -43,6 +41,8 @@ from so8t_torch.train.sharding import is_sharded
 from so8t_torch.train.start import Start
 
 STATE, VERSION = "so8t_state", 2
+LOGGED = 20_000
+"""Entries of the library's log that a checkpoint carries; ``metrics.jsonl`` has them all."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class CheckpointedTrainer(Trainer):
         self._norm: Any = None
         self._under_way = 0
         self.start = Start(self.model)
+        self.settle: Callable[[], bool] = lambda: True
+        """Says whether the record of roll-backs is on the disk, which goes before the checkpoints that refer to it."""
         self.add_callback(_TakeUp(self))
 
     @property
@@ -195,11 +197,12 @@ class CheckpointedTrainer(Trainer):
             self._write(waiting)
             self._barrier()
             if self.args.should_save:
+                settled, keeping = self.settle(), self.keeping
                 checkpoints.publish(waiting, self._manifest(health))
-                keeping = self.keeping
-                checkpoints.rotate(
-                    checkpoints_folder, keeping.keep, self.expected, best=keeping.best, horizon=keeping.horizon
-                )
+                if settled:
+                    checkpoints.rotate(
+                        checkpoints_folder, keeping.keep, self.expected, best=keeping.best, horizon=keeping.horizon
+                    )
         except (OSError, SafetensorError) as error:
             shutil.rmtree(waiting, ignore_errors=True)
             raise CheckpointError(
@@ -263,6 +266,7 @@ class CheckpointedTrainer(Trainer):
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
             files.write_state(waiting, "scaler", scaler.state_dict())
+        del self.state.log_history[:-LOGGED]
         self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
         extras = {extra.name: extra.state() for extra in self.extras}
         data = {"samples": self.consumption.samples, "sha256": self._digest}
@@ -388,13 +392,3 @@ class _TakeUp(TrainerCallback):
 def _number(value: float | None) -> float | None:
     """Return the value where it is a finite number."""
     return value if value is not None and abs(value) < float("inf") else None
-
-
-def digest(rows: Sequence[Encoded]) -> str:
-    """Return a SHA-256 over what is learned from: token ids, supervised ids and labels, in order."""
-    found = hashlib.sha256()
-    for row in rows:
-        name = "" if row.label is None else row.label.name
-        found.update(f"{len(row.input_ids)} {name};".encode())
-        found.update(array("q", row.input_ids).tobytes() + array("q", row.labels).tobytes())
-    return found.hexdigest()

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ from so8t_torch.core.errors import ConfigError
 from so8t_torch.core.files import opened, read_bytes
 from so8t_torch.core.json_text import MAX_FILE_BYTES
 from so8t_torch.core.weights import stored_tensors
+from so8t_torch.data.chat import Encoded
 
 WHOLE = 16 << 20
 """Bytes up to which a file is hashed whole."""
@@ -99,3 +101,13 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 def _shown(fact: Any) -> str:
     return "absent" if fact is None else "there" if isinstance(fact, Mapping) else str(fact)
+
+
+def digest(rows: Sequence[Encoded]) -> str:
+    """Return a SHA-256 over what is learned from: token ids, supervised ids and labels, in order."""
+    found = hashlib.sha256()
+    for row in rows:
+        name = "" if row.label is None else row.label.name
+        found.update(f"{len(row.input_ids)} {name};".encode())
+        found.update(array("q", row.input_ids).tobytes() + array("q", row.labels).tobytes())
+    return found.hexdigest()

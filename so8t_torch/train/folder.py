@@ -191,8 +191,12 @@ class RunFolder:
             )
         return folder
 
-    def write_recovery(self, recovery: Recovery) -> None:
-        """Write ``recovery.json`` before anything follows; it waits in memory while the disk refuses it."""
+    def write_recovery(self, recovery: Recovery) -> bool:
+        """Write ``recovery.json`` before anything follows; it waits in memory while the disk refuses it.
+
+        Returns:
+            whether it is on the disk.
+        """
         self._unwritten = recovery
         error = self.settle()
         if error is not None:
@@ -200,6 +204,7 @@ class RunFolder:
                 f"training goes on, {self.path / FILE} waits in memory ({error}); a process that dies before it is "
                 "written forgets this roll-back, and a resumed run reads the same samples again"
             )
+        return error is None
 
     def settle(self) -> OSError | None:
         """Write ``recovery.json`` if it waits; return why that failed."""
@@ -220,6 +225,7 @@ class RunFolder:
             on_terminal(
                 f"{self.path / FILE} is lost ({error}); checkpoints since the last roll-back will be passed over"
             )
+            self._unwritten = None
         self.log.close()
         self._journal.close()
 

@@ -85,7 +85,7 @@ class Journal:
     def __init__(self, path: Path, tell: Callable[[str], None] = on_terminal) -> None:
         self.path, self._tell = path, tell
         self._waiting: deque[str] = deque(maxlen=WAITING)
-        self._refused = False
+        self._refused = self._full = False
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row, and those that wait before it; it waits too where the disk refuses.
@@ -93,8 +93,9 @@ class Journal:
         Raises:
             TrainingError: a number in it is not finite.
         """
-        if len(self._waiting) == WAITING:
-            self._tell(f"the oldest row for {self.path} is lost: {WAITING:,} wait for the disk already")
+        if len(self._waiting) == WAITING and not self._full:
+            self._tell(f"the oldest rows for {self.path} are lost from now on: {WAITING:,} wait for the disk already")
+            self._full = True
         self._waiting.append(json_line(row, self.path))
         error = self._write()
         if error is not None and not self._refused:
@@ -105,6 +106,7 @@ class Journal:
         """Write what waits, for the last time; where the disk still refuses it, say what is lost."""
         if self._waiting and (error := self._write()) is not None:
             self._tell(f"the last {len(self._waiting):,} rows for {self.path} are lost: {error}")
+            self._waiting.clear()
 
     def _write(self) -> OSError | None:
         try:
@@ -112,4 +114,5 @@ class Journal:
         except OSError as error:
             return error
         self._waiting.clear()
+        self._full = False
         return None

@@ -1,11 +1,14 @@
 """What helps when the GPU runs out of memory, tried in order on the live model.
 
     a training step    free the cache → checkpointing on → split the micro-batch → lower the active rank → error
-    evaluation         free the cache → split the batch → lower the active rank → error
+    evaluation         free the cache → split the batch → error
     the optimiser      take the step back → free the cache → step once more → error
+    clipping           free the cache → clip once more → error
+    anything else      error
 
 The error says what would fit. The loss is divided by the counts of the whole optimiser step, so a micro-batch in parts
-has the gradient it has whole. What helped stays in force, also in a run that is taken up from a checkpoint. A step that
+has the gradient it has whole; a physics term, which is no sum over rows, is another for each part. What helped stays in
+force, also in a run that is taken up from a checkpoint. A step that
 failed half-way is done again from its first micro-batch: its gradients are partly added up, and nobody can tell which
 part.
 """
@@ -15,17 +18,25 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from so8t_torch.core.errors import SO8TError
 from so8t_torch.core.failures import VRAMExhaustedError
 from so8t_torch.train.config import TrainConfig
 from so8t_torch.train.ladder import Sink
 from so8t_torch.train.undo import Undo
 
+T = TypeVar("T")
+
 MIB = 1 << 20
+
+SHORTER = "shorter rows need less: lower data.max_length, or data.text.length"
+LESS_TO_TRAIN = (
+    "fewer trained numbers, or training.optimiser adamw_8bit, which keeps its moments in a quarter of the memory"
+)
 
 
 class MemoryRelief:
@@ -81,9 +92,43 @@ class MemoryRelief:
         remedy = self._remedy(step, rows, evaluating)
         self._note(step, remedy, "evaluation" if evaluating else "step", error)
         if remedy is None:
-            how = "one row" if evaluating else "checkpointing on, one row"
-            raise self._exhausted(f"step {step} does not fit with {how} of {rows} at a time, at the smallest rank")
+            if evaluating:
+                raise self._exhausted(f"a row of the held-out data does not fit at step {step}", SHORTER)
+            raise self._exhausted(
+                f"step {step} does not fit with checkpointing on, one row of {rows} at a time, at the smallest rank",
+                *self._settings(),
+            )
         return remedy
+
+    def once_more(self, step: int, act: Callable[[], T]) -> T:
+        """Return what an act gives that changes nothing before it has all its memory, done again with the cache freed.
+
+        Args:
+            step: the optimiser step under way.
+            act: done at most twice.
+        """
+        try:
+            return act()
+        except torch.OutOfMemoryError as error:
+            if not self._alone:
+                raise
+            said = str(error)
+        _free()
+        self._note(step, "free", "clipping", said)
+        return act()
+
+    def unrelieved(self, step: int, error: str) -> VRAMExhaustedError:
+        """Return the error for memory that ran out where there is no remedy.
+
+        Args:
+            step: the optimiser step in which it happened.
+            error: what the framework said.
+        """
+        _free()
+        self._note(step, None, "between steps", error)
+        return self._exhausted(
+            f"step {step} does not fit beside what is held between steps", SHORTER, *self._settings()
+        )
 
     def evaluated(self, step: int, inputs: Mapping[str, Any], measure: Callable[[dict[str, Any]], Tensor]) -> Tensor:
         """Return what a batch measures, row by row, in parts where it does not fit at once.
@@ -132,9 +177,10 @@ class MemoryRelief:
         remedy = "free" if whole and not freed else None
         self._note(step, remedy, "optimiser", error)
         if remedy is None:
-            half = "" if whole else "; it was half done, so the run has to go on from a checkpoint, with --resume auto"
-            less = "training.optimiser adamw_8bit needs a quarter of the memory for its moments"
-            raise self._exhausted(f"the optimiser's part of step {step} does not fit{half}", less)
+            half = (
+                "" if whole else "; it may be half done, so the run has to go on from a checkpoint, with --resume auto"
+            )
+            raise self._exhausted(f"the optimiser's part of step {step} does not fit{half}", LESS_TO_TRAIN)
 
     def _remedy(self, step: int, rows: int, evaluating: bool) -> str | None:
         if not self._alone:
@@ -152,7 +198,7 @@ class MemoryRelief:
         if not evaluating and self.parts < rows:
             self.parts = min(2 * self.parts, rows)
             return "split"
-        if not lower_rank(self._model):
+        if evaluating or not lower_rank(self._model):
             return None
         self._lowered = True
         return "rank"
@@ -166,8 +212,17 @@ class MemoryRelief:
         free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
         if not self._alone:
             tried += "; with several processes nothing is tried, since the others wait"
-        fits = self.what_fits(total) if self.what_fits is not None and total else []
-        return VRAMExhaustedError((total - free) / MIB, total / MIB, [tried, *more, *fits])
+        return VRAMExhaustedError((total - free) / MIB, total / MIB, [tried, *more])
+
+    def _settings(self) -> list[str]:
+        """Return sentences about settings that fit, where the plan can tell."""
+        total = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+        if self.what_fits is None or not total:
+            return [SHORTER]
+        try:
+            return self.what_fits(total)
+        except SO8TError as error:
+            return [SHORTER, f"so8t plan cannot tell what fits: {error}"]
 
 
 def _free() -> None:

@@ -134,6 +134,12 @@ class Physics(TrainerCallback):
         self._calls = None
         return added * share
 
+    def begin_anew(self) -> None:
+        """Be as before the first step."""
+        self.multipliers = torch.zeros_like(self.multipliers)
+        self.reset()
+        self.undo()
+
     def undo(self) -> None:
         """Forget what this step gave so far: it is taken again, or not at all."""
         self._measured = self._calls = None

@@ -9,6 +9,7 @@ recovery that failed is not forgotten.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from so8t_torch.core.files import read_text
 from so8t_torch.train.data_order import Span, merged
 
 FILE = "recovery.json"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 1 << 24
 
 Json = Any
@@ -82,7 +83,8 @@ class Recovery:
     def as_json(self) -> dict[str, Json]:
         """Return the content of ``recovery.json``."""
         spans = [list(span) for span in self.skipped]
-        return {"version": VERSION, "rollbacks": self.rollbacks, "skipped": spans, "extras": self.extras}
+        tree = {"version": VERSION, "rollbacks": self.rollbacks, "skipped": spans, "extras": self.extras}
+        return {**tree, "sha256": _digest(tree)}
 
 
 def read_recovery(run: Path) -> Recovery:
@@ -101,12 +103,19 @@ def read_recovery(run: Path) -> Recovery:
         tree = json.loads(read_text(path, CheckpointError, limit=MAX_BYTES))
         if tree["version"] != VERSION:
             raise ValueError(f"version {tree['version']}")
+        if tree.pop("sha256") != _digest(tree):
+            raise ValueError("its sha256 is another")
         spans = merged((first, last) for first, last in tree["skipped"])
         return Recovery(
             int(tree["rollbacks"]), spans, {str(name): dict(state) for name, state in tree["extras"].items()}
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); without it samples that were left out would be read again. Restore the "
             "file, or begin anew in another output_dir."
         ) from error
+
+
+def _digest(tree: dict[str, Json]) -> str:
+    """Return the SHA-256 of a record, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -11,7 +11,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from so8t_torch.core.errors import DataError, SO8TError
-from so8t_torch.train import building, language
+from so8t_torch.train import building, checkpoints, language
 from so8t_torch.train.callbacks import QuietProgress, Recorder
 from so8t_torch.train.checkpointed import Keeping
 from so8t_torch.train.config import TrainConfig
@@ -237,6 +237,8 @@ def _train(trainer: SO8TTrainer, folder: RunFolder, checkpoint: Path | None, eve
                 break
             except RollbackRequested as request:
                 checkpoint = _roll_back(trainer, folder, request)
+            except torch.OutOfMemoryError as error:
+                raise trainer.relief.unrelieved(trainer.state.global_step + 1, str(error)) from error
     step = trainer.state.global_step
     if signals.received and step < trainer.state.max_steps:
         if trainer.args.should_save:
@@ -248,7 +250,12 @@ def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequest
     step = trainer.state.global_step
     recovery = trainer.grant(request)
     if trainer.args.should_save:
-        folder.write_recovery(recovery)
+        written = folder.write_recovery(recovery)
+        if request.checkpoint is None and written:
+            # none can be taken any more, and a damaged one must not stand in the way of beginning again
+            with contextlib.suppress(OSError):
+                for _, path in checkpoints.present(folder.checkpoints):
+                    checkpoints.remove(path)
         name = None if request.checkpoint is None else request.checkpoint.name
         folder.event("rollback", step=step, checkpoint=name, skipped=list(request.skipped), reason=request.reason)
     trainer.accelerator.wait_for_everyone()
@@ -280,6 +287,7 @@ def _trainer(
         Guard(config.recovery, _recorded(folder) if arguments.should_save else None),
         config.physics,
     )
+    trainer.settle = lambda: folder.settle() is None
     if config.model is None:
         trainer.relief.what_fits = lambda limit: fitting(config, limit)
     for silent in (PrinterCallback, ProgressCallback):
@@ -330,13 +338,13 @@ def _triage(config: TrainConfig, job: building.Job) -> TriageReport:
     return evaluate_triage(job.model, job.tokenizer, job.held_out_records, batch_size=config.evaluation.batch_size)
 
 
-def _draw(folder: RunFolder) -> None:
-    """Make table and curves of a run that ends early, for a reason that a disk which refuses them must not hide."""
+def _draw(folder: RunFolder, others: Mapping[str, float] | None = None) -> None:
+    """Make table and curves of a run that ends; what refuses them is told, and hides no reason of another kind."""
     folder.close()
     try:
         folder.metrics.touch()
         write_table(folder.metrics, folder.table)
-        draw_curves(folder.metrics, folder.curves, folder.events)
+        draw_curves(folder.metrics, folder.curves, folder.events, others)
     except (OSError, DataError) as error:
         on_terminal(f"{folder.table} and {folder.curves} are not up to date: {error}")
 
@@ -354,7 +362,5 @@ def _close(folder: RunFolder, result: RunResult, state: dict[str, Tensor] | None
         (folder.evaluation / "sample.txt").write_text(result.ending.sample + "\n", encoding="utf-8")
     if result.triage is not None:
         (folder.evaluation / "triage.json").write_text(result.triage.to_json(), encoding="utf-8")
-    write_table(folder.metrics, folder.table)
-    others = None if result.ending is None else result.ending.baselines
-    draw_curves(folder.metrics, folder.curves, folder.events, others)
+    _draw(folder, None if result.ending is None else result.ending.baselines)
     folder.event("finish", steps=result.steps, seconds=round(result.seconds, 3), trainable=result.trainable)

@@ -104,10 +104,12 @@ class SaveAndStop(TrainerCallback):
         """Set the library's flags."""
         del state, kwargs
         due = self._seconds is not None and self._clock() - self._saved >= self._seconds
-        self._signals.received, save = _any_process([self._signals.received, int(due)], args)
-        if self._signals.received or save:
+        # one that arrives meanwhile here stays for the next step, where all hear of it
+        received, save = _any_process([self._signals.received, int(due)], args)
+        self._signals.received = max(self._signals.received, received)
+        if received or save:
             control.should_save = True
-        if self._signals.received:
+        if received:
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -267,7 +267,8 @@ class SO8TTrainer(CheckpointedTrainer):
         usual = self.args.max_grad_norm
         self.args.max_grad_norm = self.guard.norm_bound(usual)
         try:
-            norm = super()._clip_grad_norm(model)
+            clip = super()._clip_grad_norm
+            norm = self.relief.once_more(self.state.global_step + 1, lambda: clip(model))
         finally:
             self.args.max_grad_norm = usual
         self.guard.examination.saw_norm(whole(norm))
@@ -286,6 +287,7 @@ class SO8TTrainer(CheckpointedTrainer):
         super().begin_anew()
         self._meter.reset()
         self._settings = {}
+        self._physics.begin_anew()
         self.guard.begin_anew()
 
     def _samples(self, step: int) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from so8t_torch.core.errors import CheckpointError
-from so8t_torch.train import checkpoints, manifest
+from so8t_torch.train import checkpoints, manifest, rollback
 from so8t_torch.train.checkpoints import Expected
 from so8t_torch.train.manifest import Health, Manifest
 from so8t_torch.train.rollback import Recovery, RollbackRequested, read_recovery
@@ -227,7 +227,23 @@ def test_a_roll_back_is_written_down_and_read_again(tmp_path):
     assert str(request) == "The loss grew. Going back to checkpoint-3, leaving out samples 4..9."
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "rollbacks": 1, "skipped": [[3]]}'])
+def signed(**fields):
+    record = Recovery().as_json() | fields
+    return json.dumps(record | {"sha256": rollback._digest({k: v for k, v in record.items() if k != "sha256"})})
+
+
+def test_a_record_of_rollbacks_with_another_digit_is_damaged(tmp_path):
+    after = Recovery(1, ((0, 8),), {"ladder": {"x": 0.1}})
+    (tmp_path / "recovery.json").write_text(json.dumps(after.as_json()))
+    assert read_recovery(tmp_path) == after
+    (tmp_path / "recovery.json").write_text(json.dumps(after.as_json() | {"rollbacks": 3}))
+    with pytest.raises(CheckpointError, match="its sha256 is another"):
+        read_recovery(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"version": 2}', signed(version=1), signed(skipped=[[3]]), signed(extras=[])]
+)
 def test_a_damaged_record_of_roll_backs_stops_the_run(tmp_path, text):
     (tmp_path / "recovery.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"recovery\.json is damaged"):

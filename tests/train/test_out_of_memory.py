@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from torch.optim import adam
+from transformers import Trainer
 
+from so8t_torch.core.errors import ConfigError
 from so8t_torch.core.failures import VRAMExhaustedError
 from so8t_torch.nn.semiseparable import AdaptiveRankSemiseparableLayer
 from so8t_torch.train import run as runs
@@ -121,7 +123,7 @@ def test_an_update_half_written_later_is_an_error_and_the_checkpoint_is_whole(se
     clean = run_training(settings(output_dir=str(tmp_path / "clean"), **sections))
     # two groups of parameters: the second call of step 3
     full = Full(monkeypatch, 6)
-    with pytest.raises(VRAMExhaustedError, match=r"step 3 does not fit; it was half done.*--resume auto") as caught:
+    with pytest.raises(VRAMExhaustedError, match=r"step 3 does not fit; it may be half done.*--resume auto") as caught:
         run_training(settings(**sections))
     assert "adamw_8bit" in str(caught.value)
     assert full.times == 0
@@ -143,7 +145,8 @@ def test_an_optimiser_that_never_fits_ends_in_an_error_that_says_what_does(monke
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(VRAMExhaustedError, match="step 7 does not fit") as caught:
         optimizer.step()
-    assert "what fits 3 MiB" in str(caught.value)
+    assert "fewer trained numbers" in str(caught.value)
+    assert "what fits" not in str(caught.value), "smaller batches leave the optimiser as large as it is"
     assert [row["remedy"] for row in rows] == ["free", None]
     assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
     assert not optimizer.state
@@ -173,7 +176,7 @@ def test_held_out_data_are_measured_in_parts_that_fit(settings, sentences, tmp_p
 
 def test_held_out_data_of_which_no_row_fits_end_in_an_error(settings, sentences, on_each):
     on_each.append(narrow(0))
-    with pytest.raises(VRAMExhaustedError, match="one row of 6 at a time"):
+    with pytest.raises(VRAMExhaustedError, match=r"(?s)a row of the held-out data does not fit at step 0.*max_length"):
         run_training(settings(data={"eval": str(sentences)}))
 
 
@@ -202,3 +205,38 @@ def test_several_processes_try_nothing():
     with pytest.raises(VRAMExhaustedError, match="several processes"):
         relief.next(3, 2, "CUDA out of memory")
     assert rows[0]["remedy"] is None
+
+
+@pytest.mark.parametrize(("times", "found"), [(1, ["free"]), (2, ["free", None])])
+def test_memory_that_runs_out_while_gradients_are_clipped(settings, monkeypatch, times, found):
+    clip, left = Trainer._clip_grad_norm, [times]
+
+    def full(trainer, model):
+        if trainer.state.global_step == 1 and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return clip(trainer, model)
+
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", full)
+    config = settings()
+    if times == 1:
+        run_training(config)
+    else:
+        with pytest.raises(VRAMExhaustedError, match=r"(?s)step 2 does not fit beside what is held.*shorter rows"):
+            run_training(config)
+    assert [remedy for _, _, remedy in remedies(config.output_dir)] == found
+
+
+def test_a_plan_that_fails_does_not_hide_that_memory_ran_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 3 << 20))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def fails(limit):
+        raise ConfigError(f"no model for {limit} bytes")
+
+    relief = MemoryRelief(torch.nn.Linear(2, 2), [].append)
+    relief.what_fits = fails
+    assert relief.next(3, 1, "CUDA out of memory") == "free"
+    with pytest.raises(VRAMExhaustedError, match=r"so8t plan cannot tell what fits: no model for"):
+        relief.next(3, 1, "CUDA out of memory")

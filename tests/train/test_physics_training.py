@@ -181,6 +181,9 @@ def test_micro_batches_count_by_their_tokens():
     mean = (5 * values[0] + 2 * values[1]) / 7
     assert physics.read()["physics/energy_drift"] == pytest.approx(mean, rel=1e-5)
     assert physics.multipliers.item() == pytest.approx(2 * mean, rel=1e-5)
+    physics.begin_anew()
+    assert physics.read() == {"physics/energy_drift/multiplier": 0.0}
+    assert physics.state()["sums"].eq(0).all()
 
 
 @pytest.mark.parametrize("rule", ["hebb", "delta"])
