@@ -85,7 +85,7 @@ class Journal:
     def __init__(self, path: Path, tell: Callable[[str], None] = on_terminal) -> None:
         self.path, self._tell = path, tell
         self._waiting: deque[str] = deque(maxlen=WAITING)
-        self._refused = self._full = False
+        self._refused = self._full = self._lost = False
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row, and those that wait before it; it waits too where the disk refuses.
@@ -104,9 +104,9 @@ class Journal:
 
     def close(self) -> None:
         """Write what waits, for the last time; where the disk still refuses it, say what is lost."""
-        if self._waiting and (error := self._write()) is not None:
+        if self._waiting and (error := self._write()) is not None and not self._lost:
             self._tell(f"the last {len(self._waiting):,} rows for {self.path} are lost: {error}")
-            self._waiting.clear()
+            self._lost = True
 
     def _write(self) -> OSError | None:
         try:
