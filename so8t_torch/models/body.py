@@ -165,8 +165,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 seen before.
             past_key_values: what the call on the tokens before returned.
             use_cache: whether to return it; by default as the configuration says, but not in training.
-            position_ids: a 0 after the first token of a row begins a document there; positions are counted.
-            segment_ids: equal numbers for the tokens of one document, instead.
+            position_ids: a 0 begins a document there; positions are counted.
+            segment_ids: equal numbers for the tokens of one document, instead; a call begins none with its first token,
+                because the number before it is not known.
             output_hidden_states: whether to return the residual stream before every block and, normed, after the last.
             diagnostics: ``None``, ``"summary"`` (numbers) or ``"full"`` (with a tensor per token); detached.
             **kwargs: what the library hands around.
@@ -197,7 +198,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             state = None if cache is None else read_states(cache, number, block.state_names, sizes[0])
             x, state, found = block(
                 x,
-                state,
+                rows.entering(state),
                 padding_mask=rows.real,
                 segment_ids=rows.documents,
                 positions=rows.positions,

@@ -31,6 +31,7 @@ class Rows(NamedTuple):
             where no row has a second one.
         order: column of the call that each place takes (B, N); nothing where they stay.
         inverse: place that each column went to.
+        fresh: rows that begin a document where earlier calls left another (B,); nothing where none can.
     """
 
     positions: Int[Tensor, "b n"]
@@ -39,6 +40,13 @@ class Rows(NamedTuple):
     documents: Int[Tensor, "b n"] | None = None
     order: Int[Tensor, "b n"] | None = None
     inverse: Int[Tensor, "b n"] | None = None
+    fresh: Bool[Tensor, " b"] | None = None
+
+    def entering(self, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Return what enters the call: nothing of it where a row begins a document."""
+        if state is None or self.fresh is None:
+            return state
+        return {k: torch.where(self.fresh.view(-1, *(1,) * (t.ndim - 1)), 0, t) for k, t in state.items()}
 
     def lay(self, x: Tensor) -> Tensor:
         """Return columns (B, N, ...) in their places."""
@@ -65,8 +73,8 @@ def lay_out(
         device: of the call.
         attention_mask: 0 where a token is padding, (B, N) or longer: its last N columns count.
         segment_ids: equal numbers for the tokens of one document, (B, N) or (N,).
-        position_ids: without segment_ids, a 0 after the first token of a row begins a document; nothing else of them
-            is read, because positions are counted.
+        position_ids: without segment_ids, a 0 begins a document; nothing else of them is read, because positions are
+            counted.
         entering: positions that earlier calls left; the rows begin without.
 
     Raises:
@@ -76,6 +84,12 @@ def lay_out(
     rows, length = sizes
     mask = _mask(attention_mask, rows, length)
     starts = _starts(segment_ids, position_ids, rows, length, mask)
+    fresh = None
+    if segment_ids is None and position_ids is not None and entering is not None:
+        zeros = _numbers("position_ids", position_ids, rows, length) == 0
+        first = zeros[:, :1] if mask is None else zeros.gather(1, mask.long().argmax(1, keepdim=True))
+        fresh = first[:, 0] if mask is None else first[:, 0] & mask.any(1)
+        entering = torch.where(fresh, 0, entering)
     order = inverse = documents = None
     if mask is not None and length > 1:
         order = (~mask).long().argsort(dim=1, stable=True)
@@ -85,12 +99,12 @@ def lay_out(
     places = torch.arange(length, device=device)
     counted = mask.sum(1) if mask is not None else torch.full_like(began, length)
     if starts is None:
-        return Rows(began[:, None] + places, began + counted, mask, None, order, inverse)
+        return Rows(began[:, None] + places, began + counted, mask, None, order, inverse, fresh)
     starts = _document_starts(starts, mask, order)
     documents = starts.long().cumsum(1)
     positions = places - torch.where(starts, places, -began[:, None]).cummax(1).values
     last = positions.gather(1, (counted - 1).clamp(min=0)[:, None])[:, 0] + 1
-    return Rows(positions, torch.where(counted > 0, last, began), mask, documents, order, inverse)
+    return Rows(positions, torch.where(counted > 0, last, began), mask, documents, order, inverse, fresh)
 
 
 def _mask(attention_mask: Tensor | None, rows: int, length: int) -> Tensor | None:

@@ -1,6 +1,7 @@
 """The Phase 2 model: rows, documents, splits and single tokens agree, nothing reaches back, and credit goes far."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -149,6 +150,32 @@ def test_padding_documents_and_calls_together():
             torch.testing.assert_close(logits[row, here], alone, rtol=0, atol=ROUNDING)
     positions = first.past_key_values.layers[0].recurrent_states[0]
     assert positions.tolist() == [9, 6]
+
+
+@torch.no_grad()
+def test_packed_rows_in_any_pieces_are_their_documents():
+    """Pieces may begin with a document, be one token long, and end inside the padding."""
+    generator = random.Random(0)
+    model, tokens = built("feedback"), ids(2, 18)
+    places = torch.tensor([[*range(3), *range(6), *range(9)], [*range(8), *range(10)]])
+    real = torch.ones(2, 18, dtype=torch.bool)
+    real[0, 3:5] = real[1, 15:] = False
+    places[0, 5] = 0
+    whole = model(tokens, attention_mask=real, position_ids=places).logits
+    for trial in range(20):
+        cuts = [8, 9] if trial == 0 else sorted(generator.sample(range(1, 18), generator.randrange(1, 6)))
+        cache, found = None, []
+        for low, high in pairwise([0, *cuts, 18] if trial != 1 else range(19)):
+            out = model(
+                tokens[:, low:high],
+                attention_mask=real[:, :high],
+                position_ids=places[:, low:high],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+            found.append(out.logits)
+        torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], rtol=0, atol=ROUNDING)
 
 
 @every_variant
