@@ -148,7 +148,7 @@ class RecurrentConfig(PreTrainedConfig):
 
     model_type = ""
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "num_hidden_layers": "n_layers"}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "hidden_states", "aux_loss", "diagnostics"]
     moved: ClassVar[dict[str, str]] = {}
     """Where keys of the original went that are no field here."""
 
