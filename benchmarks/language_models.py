@@ -33,8 +33,8 @@ from benchmarks.harness import RESULTS, environment
 from so8t_torch.data.text import TextSection, read
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
 from so8t_torch.models.factory import create_phase1_model, create_phase2_model
+from so8t_torch.models.streaming import cache_bytes
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
-from so8t_torch.train.reach import carried_bytes
 from so8t_torch.train.recall import FittingSection, fit
 
 VOCABULARY = 256
@@ -226,7 +226,7 @@ def cost(name: str, length: int) -> Cost:
             found = model(input_ids=rows[:, place : place + 1], use_cache=True, **cache_of(found))
         decoding = time.process_time() - begun
     (carried,) = cache_of(found).values()
-    return Cost(name, length, spent, peak, decoding, carried_bytes(carried))
+    return Cost(name, length, spent, peak, decoding, cache_bytes(carried))
 
 
 def cache_of(found: object) -> dict[str, object]:

@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache
 
 from so8t_torch.core.errors import ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.models.streaming import cache_bytes
 
-__all__ = ["Speed", "carried_bytes", "gradient_reach", "measure_speed"]
+__all__ = ["Speed", "gradient_reach", "measure_speed"]
 
 
 class Speed(NamedTuple):
@@ -87,18 +88,7 @@ def measure_speed(model: PreTrainedModel, length: int, *, decoded: int = 16, see
     _wait(model)
     ended = time.perf_counter()
     (carried,) = _cache(found).values()
-    return Speed(length, length / (middle - begun), decoded / (ended - middle), carried_bytes(carried))
-
-
-def carried_bytes(cache: Cache) -> int:
-    """Return the bytes of all tensors in a cache of transformers: recurrent states, or keys and values.
-
-    Args:
-        cache: of any model.
-    """
-    held = [value for layer in cache.layers for value in vars(layer).values()]
-    parts = [part for value in held for part in (value.values() if isinstance(value, dict) else (value,))]
-    return sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
+    return Speed(length, length / (middle - begun), decoded / (ended - middle), cache_bytes(carried))
 
 
 def _cache(found: object) -> dict[str, Cache]:

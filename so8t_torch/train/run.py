@@ -253,9 +253,11 @@ def _roll_back(trainer: SO8TTrainer, folder: RunFolder, request: RollbackRequest
         written = folder.write_recovery(recovery)
         if request.checkpoint is None and written:
             # none can be taken any more, and a damaged one must not stand in the way of beginning again
-            with contextlib.suppress(OSError):
+            try:
                 for _, path in checkpoints.present(folder.checkpoints):
                     checkpoints.remove(path)
+            except OSError as error:
+                on_terminal(f"checkpoints that nothing can go on from stay at {folder.checkpoints}: {error}")
         name = None if request.checkpoint is None else request.checkpoint.name
         folder.event("rollback", step=step, checkpoint=name, skipped=list(request.skipped), reason=request.reason)
     trainer.accelerator.wait_for_everyone()

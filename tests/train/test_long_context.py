@@ -15,8 +15,9 @@ from so8t_torch.core.errors import ConfigError, ShapeError
 from so8t_torch.data.recall import RecallSection
 from so8t_torch.models.configuration import Phase2Config
 from so8t_torch.models.phase2 import Phase2ForCausalLM
+from so8t_torch.models.streaming import cache_bytes
 from so8t_torch.train.long_context import LongContextConfig, octaves, run_long_context
-from so8t_torch.train.reach import carried_bytes, gradient_reach, measure_speed
+from so8t_torch.train.reach import gradient_reach, measure_speed
 from so8t_torch.train.recall import RecallTrainingSection, accuracy, train_recall
 
 TASK = RecallSection(items=4, symbols=16, noise=16)
@@ -84,7 +85,7 @@ def test_keys_and_values_of_attention_grow_with_the_length():
 
     config = LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     cache = LlamaForCausalLM(config)(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
-    assert carried_bytes(cache) == 2 * 5 * 8 * 4
+    assert cache_bytes(cache) == 2 * 5 * 8 * 4
 
 
 def test_rows_without_a_token_before_the_last_are_refused():
