@@ -35,7 +35,7 @@ WIDTH, OUTPUTS, VOCABULARY = 6, 16, 23
 HEADS, HEAD_WIDTH, CHANNELS, RANK, TAPS = 2, 4, 3, 5, 3
 SIZES = ({"t": 11},)
 HEAD_BAR = 3.0
-"""The gradient of the cores sums over hidden states in another order: 2.7 times the error of plain arithmetic was seen."""
+"""The cores' gradient sums over states in another order: 2.7 times the error of plain arithmetic was seen."""
 BOTH = ("float64", "float32")
 """One declaration of each layer is judged in float32 too, the others in float64, where a difference is an error."""
 PLAIN = ("two_cores", "sum", "operator", "hermitian", "hebb")
