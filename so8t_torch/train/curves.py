@@ -36,9 +36,10 @@ MARKS = {
 def draw_curves(
     metrics: Path, picture: Path, events: Path | None = None, others: Mapping[str, float] | None = None
 ) -> None:
-    """Draw losses, penalty, gradient norm, gate geometry, learning rates and throughput against the optimiser step.
+    """Draw losses, gradient norm, learning rates and throughput against the optimiser step.
 
-    A run on text has bits per byte in the place of the penalty, beside those of other methods where they are known.
+    A run with an adapter has its penalty and the geometry of its gates as well; one on text, bits per byte beside those
+    of other methods where they are known, and perplexity.
 
     Args:
         metrics: ``metrics.jsonl`` of a run.
@@ -50,20 +51,23 @@ def draw_curves(
     train = [row for row in rows if row["kind"] == "train"]
     held_out = [row for row in rows if row["kind"] == "eval"]
     marks = [] if events is None else list(dict.fromkeys(read_marks(events)))
-    figure = Figure(figsize=(17, 7.6), layout="constrained")
+    whole = any("eval/bits_per_byte" in row for row in held_out)
+    columns = 3 if whole else 4
+    figure = Figure(figsize=(4.25 * columns, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 4)
+    axes = figure.subplots(2, columns)
     _language_model(axes[0, 0], train, held_out)
-    if any("eval/bits_per_byte" in row for row in held_out):
+    if whole:
         _bits(axes[0, 1], held_out, {} if others is None else others)
+        _perplexity(axes[1, 2], train, held_out)
     else:
         _penalty(axes[0, 1], train)
+        _angles(axes[0, 3], train)
+        _commutator(axes[1, 2], train)
+        _orthogonality(axes[1, 3], train)
     _gradient(axes[0, 2], train)
-    _rates(axes[0, 3], train)
-    _angles(axes[1, 0], train)
-    _commutator(axes[1, 1], train)
-    _orthogonality(axes[1, 2], train)
-    _throughput(axes[1, 3], train)
+    _rates(axes[1, 0], train)
+    _throughput(axes[1, 1], train)
     for axis in axes.flat:
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.25)
@@ -141,6 +145,14 @@ def _bits(axis: Axes, held_out: Rows, others: Mapping[str, float]) -> None:
     for (name, bits), shade in zip(others.items(), (TRAIN, THIRD, "grey"), strict=False):
         axis.axhline(bits, color=shade, linestyle=":", label=name.replace("_", " "))
     _legend(axis, "held-out text", "bits per byte")
+
+
+def _perplexity(axis: Axes, train: Rows, held_out: Rows) -> None:
+    _line(axis, train, "perplexity", "training", color=TRAIN)
+    _line(axis, held_out, "eval/perplexity", "held out", color=HELD_OUT, linestyle="--")
+    if axis.get_lines():
+        axis.set_yscale("log")
+    _legend(axis, "perplexity", "per supervised token")
 
 
 def _angles(axis: Axes, train: Rows) -> None:
