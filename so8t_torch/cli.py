@@ -205,6 +205,22 @@ def parity(
     raise typer.Exit(subprocess.run([sys.executable, "-m", "parity_tests", *chosen], check=False).returncode)
 
 
+@app.command(epilog="Example: [bold]so8t convert runs/phase1 phase2[/bold]")
+def convert(
+    run: Annotated[Path, typer.Argument(help="Run folder of a Phase 1 model, or a model's folder; only read.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    seed: Annotated[int, typer.Option(help="Of what Phase 1 has no counterpart for.")] = 0,
+) -> None:
+    """Turn a Phase 1 model into one of Phase 2, and print what became of every tensor."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from so8t_torch.models.conversion import convert_folder
+
+    disable_progress_bar()
+    Console().print(convert_folder(run, output, seed=seed).table())
+    typer.echo(f"next: so8t train CONFIG --set 'model={{kind: phase2, init_from: {output}}}'")
+
+
 @app.command(
     "convert-weights",
     epilog="Examples: [bold]so8t convert-weights MODEL FLAX --to jax[/bold] · "

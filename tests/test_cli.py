@@ -41,7 +41,7 @@ def test_every_level_of_help_shows_an_example(path):
 
 def test_the_promised_commands_are_there():
     promised = ("train", "plan", "bake", "parity", "demo", "eval triage", "compress-embedding")
-    promised += ("logits show", "logits compare", "generate", "convert-weights", "long-context")
+    promised += ("logits show", "logits compare", "generate", "convert", "convert-weights", "long-context")
     assert {tuple(name.split()) for name in promised} <= set(ALL)
 
 

@@ -26,6 +26,7 @@ from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.models.quantization import with_kept_maps
 from so8t_torch.models.rows import Rows, lay_out
 from so8t_torch.models.states import RecurrentCache, read_positions, read_states, write_positions, write_states
+from so8t_torch.models.stored import check_finite
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.nn.zeta_embedding import ZetaEmbedding
 
@@ -71,17 +72,44 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             *args: as for ``PreTrainedModel``.
             quantization_config: see there.
             **kwargs: see there.
+
+        Raises:
+            CheckpointError: weights that are not finite, named.
         """
         if quantization_config is not None:
             kwargs["quantization_config"] = with_kept_maps(quantization_config, cls.kept_maps)
         found: Any = super().from_pretrained(*args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        check_finite(model, args[0] if args else kwargs.get("pretrained_model_name_or_path", cls.__name__))
         if getattr(model, "is_loaded_in_4bit", False):
             # the package of adapters brings PEFT, which plain weights do not need
             from so8t_torch.adapter.quantized import keep_training_on_cpu
 
             keep_training_on_cpu(model)
         return found
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Return the embedding with another number of rows, which a tensor train cannot have.
+
+        Args:
+            new_num_tokens: rows; those there are without.
+            *args: as for ``PreTrainedModel``.
+            **kwargs: see there.
+
+        Raises:
+            ConfigError: the embedding is a tensor train.
+        """
+        train = self.get_input_embeddings()
+        if not isinstance(train, HolographicTTEmbedding):
+            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        multiple = args[0] if args else kwargs.get("pad_to_multiple_of")
+        if new_num_tokens in (None, train.vocab_size) and train.vocab_size % (multiple or 1) == 0:
+            return train
+        raise ConfigError(
+            f"resize_token_embeddings: the embedding is a tensor train, whose factors {train.vocab_factors} belong to "
+            f"its {train.vocab_size:,} ids; it has no rows to add or to take away. Create a model with the vocab_size "
+            "wanted, or convert this one to a table first (convert_phase1_to_phase2 with embedding='dense')."
+        )
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
         """Initialise a module like those of the library, which asks for more than the weights a module has itself."""

@@ -34,7 +34,8 @@ class Phase1Config(RecurrentConfig):
         ar_ssm_band_width: taps of the causal band.
         ar_ssm_gate_mode: ``"soft"``, ``"ste"`` or ``"gumbel"``.
         ar_ssm_gumbel_temperature: of the samples in mode ``"gumbel"``.
-        checkpoint_ar_ssm: mixers are computed again in the backward pass instead of kept.
+        checkpoint_ar_ssm: mixers are computed again in the backward pass instead of kept; gradient checkpointing does
+            so with whole blocks, and has no need of it.
         htt_enabled: the embedding is a tensor train, and not a table.
         htt_complex: its cores are complex; real and imaginary parts of D/2 numbers each are the D channels.
         ffn_rank: inner rank of the feed-forward parts; D/16 by default.

@@ -10,13 +10,15 @@
     layers.i.mixer, mixer_norm       nothing: the AR-SSM has no counterpart
 
 What is copied is equal bit for bit; what is computed on the way equals that computation. Nothing is frozen but what
-came from Phase 1, and the model of Phase 1 is only read.
+came from Phase 1, in the model that is returned alone: a folder does not say what was frozen, so what is read from one
+trains. The model of Phase 1 is only read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,13 +26,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from so8t_torch.core.errors import ConfigError, DomainError
+from so8t_torch.core.files import shown
+from so8t_torch.core.tensors import not_finite
+from so8t_torch.models.checkpoint_folder import free_folder, in_one_step
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
 from so8t_torch.models.factory import create_phase2_model
 from so8t_torch.models.phase1 import Phase1ForCausalLM
 from so8t_torch.models.phase2 import Phase2ForCausalLM
+from so8t_torch.models.stored import holds_tokenizer, model_folder, read_model, read_tokenizer
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 
-__all__ = ["ConversionReport", "convert_phase1_to_phase2", "phase2_config_of"]
+__all__ = ["ConversionReport", "convert_folder", "convert_phase1_to_phase2", "phase2_config_of"]
 
 HEAD_DIM = 64
 """Width of a head where the width of the model is a multiple of it."""
@@ -150,6 +156,35 @@ def convert_phase1_to_phase2(
     return model.to(first.device), report
 
 
+def convert_folder(source: str | Path, target: str | Path, *, seed: int = 0) -> ConversionReport:
+    """Write the folder of a Phase 2 model with what it can take from one of Phase 1, and the tokenizer beside it.
+
+    Args:
+        source: a run that trained a model of Phase 1, or the folder of one; only read.
+        target: folder to write; absent or empty.
+        seed: of what is initialised.
+
+    Raises:
+        ConfigError: source holds no model of Phase 1, or there is something at target.
+        CheckpointError: weights that are damaged, incomplete or not finite.
+    """
+    path = model_folder(source)
+    out = free_folder(target, Path(source))
+    phase1 = read_model(path)
+    if not isinstance(phase1, Phase1ForCausalLM):
+        raise ConfigError(f"{shown(source)}: expected a model of Phase 1 to convert, got a {type(phase1).__name__}.")
+    model, report = convert_phase1_to_phase2(phase1, seed=seed)
+    tokenizer = read_tokenizer(path) if holds_tokenizer(path) else None
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    in_one_step(out, fill)
+    return report
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters, shared ones once, and the buffers that are saved."""
     saved = model.state_dict(keep_vars=True)
@@ -220,7 +255,7 @@ def _check(values: dict[str, Tensor], target: dict[str, Tensor]) -> None:
             "convert_phase1_to_phase2: expected tensors of the same shape; give a configuration of these sizes, or "
             "copy_compatible_weights=False:\n  " + "\n  ".join(apart)
         )
-    broken = [name for name, value in values.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = not_finite(values)
     if broken:
         raise DomainError(
             f"convert_phase1_to_phase2: expected finite weights, got NaN or infinity for {', '.join(broken)}; take a "

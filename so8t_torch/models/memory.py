@@ -96,6 +96,9 @@ def estimate_memory(
     embedding = sum(p.numel() for p in body.embed_tokens.parameters())
     tokens, kept = batch_size * length, config.d_model * (autocast or dtype).itemsize
     measured = min(length, MEASURED_TOKENS)
+    if gradient_checkpointing and isinstance(config, Phase1Config):
+        # a block that is computed again keeps all of itself meanwhile
+        config = config.replace(checkpoint_ar_ssm=False)
     block = math.ceil(_block_bytes(body.block_class, config, measured, dtype, autocast) / measured)
     per_token = config.n_layers * kept + block if gradient_checkpointing else config.n_layers * block
     states = (layer.initial_state(1, torch.device("meta"), dtype).values() for layer in body.layers)

@@ -117,7 +117,9 @@ class Phase1Block(GradientCheckpointingLayer):
         """
         entering = None if state is None else State(**state)
         mix = partial(self.mixer, padding_mask=padding_mask)
-        if self.checkpoint_mixer and self.training and torch.is_grad_enabled():
+        # within a block that is computed again as a whole, the mixer would be computed a third time
+        again = self.checkpoint_mixer and not self.gradient_checkpointing
+        if again and self.training and torch.is_grad_enabled():
             mix = partial(checkpoint, mix, use_reentrant=False)
         mixed, parts = mix(self.mixer_norm(x), entering, segment_ids)
         x = x + self.dropout(mixed)

@@ -10,28 +10,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
 
 from so8t_torch.core.errors import ConfigError
-from so8t_torch.core.weights import check_folder
-
-_OWN = ("so8t_torch.models.phase1", "so8t_torch.models.phase2")
-"""Modules that make the library's Auto classes know the models in them."""
-
-MODEL = "model"
-"""Folder of a run in which a model that was trained whole lies."""
+from so8t_torch.models.stored import model_folder, read_model, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -158,12 +145,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def make_known() -> None:
-    """Make the library's Auto classes know the models of this package."""
-    for name in _OWN:
-        import_module(name)
-
-
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Read a model that was trained whole, with its tokenizer.
 
@@ -172,19 +153,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
     Raises:
         ConfigError: there is no such model; the text says what is missing.
+        CheckpointError: its weights are damaged, incomplete or not finite.
     """
-    path = Path(folder)
-    path = path / MODEL if (path / MODEL).is_dir() else path
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"{folder}: expected a run that trained a whole model, or a model's folder with config.json; a run of an "
-            "adapter is folded by so8t bake first."
-        )
-    check_folder(path, ConfigError)
-    make_known()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no model can be read there. The library says: {error!s:.400}") from error
-    return model.eval(), tokenizer
+    path = model_folder(folder)
+    model = read_model(path)
+    return model.eval(), read_tokenizer(path)

@@ -42,7 +42,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 @dataclass(frozen=True)
 class Job:
     """Everything a run needs: model, tokenizer, encoded rows, the held-out data as they were read, and the fingerprint
-    of a frozen base.
+    of what it begins with: a frozen base, or a saved model.
     """
 
     model: PeftModel | PreTrainedModel
@@ -247,7 +247,7 @@ def training_arguments(config: TrainConfig, checkpoints: Path, *, first: bool = 
     training, recording, data = config.training, config.recording, config.data
     every, evaluate = config.checkpoint.every_steps, config.evaluation.every_steps
     checkpointing: dict[str, Any] = {}
-    if training.gradient_checkpointing:
+    if config.checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(checkpoints),

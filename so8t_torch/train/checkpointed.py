@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.utils.data import Sampler
@@ -307,9 +308,10 @@ class CheckpointedTrainer(Trainer):
                 "so8t wrote it. Go on with that one, or begin a new run."
             )
         if changed := changes(state["base"], self.keeping.base):
+            what = "was trained on another base" if isinstance(self.model, PeftModel) else "began from another model"
             raise CheckpointError(
-                f"{folder} was trained on another base: {'; '.join(changed)}. What was learned does not fit this one. "
-                "Restore the base as it was, or begin a new run."
+                f"{folder} {what}: {'; '.join(changed)}. What was learned does not fit this one. Restore it as it was, "
+                "or begin a new run."
             )
         data = state["data"]
         if data != {"samples": self.consumption.samples, "sha256": self._digest}:

@@ -35,14 +35,18 @@ class PretrainedBase(Section):
 
 
 class ModelSection(Section):
-    """A language model that is trained whole, from nothing.
+    """A language model that is trained whole, from nothing or from a saved one.
 
     ``phase1`` and ``phase2`` are this library's, ``llama`` and ``mamba`` those of transformers, to compare with.
     ``fields`` are those of the kind's configuration, and replace a preset's; the tokenizer sets ``vocab_size``.
+    ``init_from`` is a run or a model's folder: weights, configuration and, where it holds one, the tokenizer are taken
+    from there (``data.text.tokenizer`` then says nothing), ``fields`` may change what changes no shape, and all weights
+    train, those that were frozen before as well.
     """
 
     kind: Literal["phase1", "phase2", "llama", "mamba"]
     preset: str | None = None
+    init_from: Path | None = None
     fields: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
 
 
@@ -110,7 +114,7 @@ class TrainingSection(Section):
     """Optimiser, schedule and batch; give ``max_steps`` or ``epochs``. ``warmup`` is a share of the steps.
 
     ``loss_chunk`` is the number of supervised positions whose logits exist at once; ``beta2`` is Adam's average of
-    squared gradients.
+    squared gradients. ``gradient_checkpointing`` null does as the model's preset says, and not without one.
     """
 
     max_steps: Positive | None = None
@@ -125,7 +129,7 @@ class TrainingSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     loss_chunk: Positive = 256
 
 
@@ -237,6 +241,20 @@ class TrainConfig(Section):
     recovery: RecoverySection = RecoverySection()
     evaluation: EvaluationSection = EvaluationSection()
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass: as asked for, else as the model's preset says.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        asked, section = self.training.gradient_checkpointing, self.model
+        if asked is not None or section is None or section.preset is None or section.kind not in ("phase1", "phase2"):
+            return bool(asked)
+        from so8t_torch.models.presets import read_preset
+
+        return read_preset(section.kind, section.preset).gradient_checkpointing
+
     @model_validator(mode="after")
     def _agrees(self) -> TrainConfig:
         found = list(contradictions(self))
@@ -274,6 +292,11 @@ def contradictions(config: TrainConfig) -> Iterator[str]:
 
 
 def _whole_contradictions(config: TrainConfig) -> Iterator[str]:
+    section = config.model
+    if section is not None and "vocab_size" in section.fields:
+        yield f"model.fields.vocab_size {section.fields['vocab_size']}: the tokenizer sets it; drop it."
+    if section is not None and section.init_from is not None and section.preset is not None:
+        yield f"model.preset {section.preset}: model.init_from brings its own configuration; drop one of them."
     if config.adapter != AdapterSection():
         yield "adapter is for a frozen base; a model is trained whole."
     if config.data.text is None:

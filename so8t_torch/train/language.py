@@ -25,9 +25,12 @@ from so8t_torch.data.ngram import ByteNgram, compressed
 from so8t_torch.data.packing import PackedCollator, PackedRows, byte_tokenizer, pair_tokenizer
 from so8t_torch.data.text import Text, TextSection, read
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
-from so8t_torch.models.streaming import Drawing, Writing, make_known
+from so8t_torch.models.stored import make_known
+from so8t_torch.models.streaming import Drawing, Writing
+from so8t_torch.train import continuing
 from so8t_torch.train.building import Job
 from so8t_torch.train.config import ModelSection, TrainConfig
+from so8t_torch.train.fingerprint import of_folder
 from so8t_torch.train.preconditions import check_trainable
 from so8t_torch.train.sharding import is_sharded
 
@@ -48,7 +51,7 @@ def build(config: TrainConfig) -> Job:
     assert text_section is not None, "the settings were checked: a model has a text"
     configuration(section, 257, text_section.length)
     text = read(text_section)
-    tokenizer = make_tokenizer(text_section, text)
+    tokenizer = choose_tokenizer(section, text_section, text)
     rows = PackedRows(text.train, tokenizer, text_section.length, "training text")
     held_out = PackedRows(text.held_out, tokenizer, text_section.length, "held-out text")
     set_seed(config.seed)
@@ -56,7 +59,29 @@ def build(config: TrainConfig) -> Job:
     model.config.use_cache = False
     check_trainable(model)
     collator = PackedCollator(rows.end)
-    return Job(model, tokenizer, collator, rows, rows.report(), held_out, held_out.report(), [], {}, text)
+    base = {} if section.init_from is None else of_folder(continuing.folder_of(section))
+    return Job(model, tokenizer, collator, rows, rows.report(), held_out, held_out.report(), [], base, text)
+
+
+def choose_tokenizer(section: ModelSection, text_section: TextSection, text: Text) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the saved model that a run begins from, else that of the text.
+
+    Args:
+        section: of the model.
+        text_section: of the text.
+        text: a tokenizer that is trained reads its training part.
+
+    Raises:
+        ConfigError: it does not fit the saved model.
+    """
+    if section.init_from is None:
+        return make_tokenizer(text_section, text)
+    size = continuing.configuration(section).vocab_size
+    tokenizer = continuing.tokenizer_of(section, size)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(text_section, text)
+        continuing.check_vocabulary(section, size, len(tokenizer))
+    return tokenizer
 
 
 def make_tokenizer(section: TextSection, text: Text) -> PreTrainedTokenizerFast:
@@ -68,7 +93,7 @@ def make_tokenizer(section: TextSection, text: Text) -> PreTrainedTokenizerFast:
 
 
 def make_model(section: ModelSection, tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedModel:
-    """Return a model of the section's kind with fresh weights, for the tokenizer's ids.
+    """Return a model of the section's kind, with fresh weights or those it begins from, for the tokenizer's ids.
 
     Args:
         section: kind, preset and fields.
@@ -77,10 +102,14 @@ def make_model(section: ModelSection, tokenizer: PreTrainedTokenizerFast, length
 
     Raises:
         ConfigError: a preset or a field that the kind does not have, or a value that it refuses.
+        CheckpointError: weights of a saved model that are damaged, incomplete or not finite.
     """
     settings = configuration(section, len(tokenizer), length)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(settings, name, tokenizer.eos_token_id)
+        if section.init_from is None or getattr(settings, name) is None:
+            setattr(settings, name, tokenizer.eos_token_id)
+    if section.init_from is not None:
+        return continuing.weights(section, settings)
     make_known()
     return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
@@ -89,21 +118,29 @@ def configuration(section: ModelSection, vocabulary: int, length: int) -> PreTra
     """Return the configuration of a section's model.
 
     Args:
-        section: kind, preset and fields.
-        vocabulary: number of the tokenizer's ids.
+        section: kind, preset and fields, or the folder that it begins from.
+        vocabulary: number of the tokenizer's ids; a saved model has its own.
         length: tokens of a row.
 
     Raises:
         ConfigError: as for ``make_model``.
     """
+    settings = _settings(section, vocabulary, length)
+    if isinstance(settings, Phase2Config):
+        _check_chunk(settings, length)
+    return settings
+
+
+def _settings(section: ModelSection, vocabulary: int, length: int) -> PreTrainedConfig:
+    if section.kind in _PEERS:
+        _check_peer(section)
+    if section.init_from is not None:
+        return continuing.configuration(section)
     fields = {"vocab_size": vocabulary, **section.fields}
     if section.kind in _PEERS:
         room = {"max_position_embeddings": max(2048, length + 1)} if section.kind == "llama" else {}
         return _peer(section, room | fields)
-    settings = _own(section, {"n_seq": length, **fields})
-    if isinstance(settings, Phase2Config):
-        _check_chunk(settings, length)
-    return settings
+    return _own(section, {"n_seq": length, **fields})
 
 
 def _check_chunk(settings: Phase2Config, length: int) -> None:
@@ -124,7 +161,8 @@ def _own(section: ModelSection, fields: Mapping[str, Any]) -> Phase1Config | Pha
     return get(section.preset).replace(**fields)
 
 
-def _peer(section: ModelSection, fields: Mapping[str, Any]) -> PreTrainedConfig:
+def _check_peer(section: ModelSection) -> None:
+    """Refuse what a model of transformers does not have."""
     kind = _PEERS[section.kind]
     if section.preset is not None:
         raise ConfigError(f"model.preset {section.preset!r:.80}: {section.kind} has no presets; give model.fields.")
@@ -134,6 +172,10 @@ def _peer(section: ModelSection, fields: Mapping[str, Any]) -> PreTrainedConfig:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"{kind.__name__} lists them."
             raise ConfigError(f"model.fields.{name:.80}: {section.kind} has no such field; {hint}")
+
+
+def _peer(section: ModelSection, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    kind = _PEERS[section.kind]
     try:
         return kind(**fields)
     except (StrictDataclassError, TypeError, ValueError) as error:

@@ -45,6 +45,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 MEMORY_TOKENS = 64
 
+_CHECKPOINTING = ("gradient_checkpointing", "checkpoint_mixer")
+"""Attributes by which layers are told to compute again in the backward pass: all of them, or their mixer."""
+
 SOURCES: dict[str, tuple[type[nn.Module], ...]] = {
     "rates": (NonHermitianPotential, DissipativeHebbianLayer),
     "memories": (DissipativeHebbianLayer, ModulatedMemory),
@@ -195,14 +198,14 @@ def _seeing_themselves(mask: Any) -> dict[str, Tensor]:
 @contextmanager
 def _kept_whole(layer: nn.Module) -> Iterator[None]:
     """Leave checkpointing out: what runs again in the backward pass would run without its tangents."""
-    asked = getattr(layer, "gradient_checkpointing", None)
-    if asked is not None:
-        setattr(layer, "gradient_checkpointing", False)  # noqa: B010 - the library's, no attribute of a plain module
+    asked = {name: getattr(layer, name) for name in _CHECKPOINTING if hasattr(layer, name)}
+    for name in asked:
+        setattr(layer, name, False)
     try:
         yield
     finally:
-        if asked is not None:
-            setattr(layer, "gradient_checkpointing", asked)  # noqa: B010
+        for name, value in asked.items():
+            setattr(layer, name, value)
 
 
 def _rates(module: nn.Module, calls: list[Call], mask: Tensor) -> Tensor:

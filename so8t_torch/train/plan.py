@@ -123,7 +123,7 @@ def whole_plan(config: TrainConfig, card: Card | None) -> Plan:
         batch_size=training.batch_size,
         length=text.length + 1,
         autocast=None if dtype == torch.float32 else dtype,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=config.checkpointing,
     )
     count = found.parameter_count
     states = count * (2 if training.optimiser.endswith("8bit") else 8)
@@ -204,7 +204,7 @@ def _collect(
 
 def _activations(config: TrainConfig) -> str:
     shape = f"batch {config.training.batch_size} × {config.data.max_length} tokens"
-    return f"{shape}, " + ("one layer recomputed" if config.training.gradient_checkpointing else "every layer kept")
+    return f"{shape}, " + ("one layer recomputed" if config.checkpointing else "every layer kept")
 
 
 def _widest(config: TrainConfig, model: PeftModel) -> int:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from so8t_torch.core.errors import TrainingError
+from so8t_torch.core.tensors import listed, not_finite
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -28,14 +29,18 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Stop unless something is trainable and every gate parameter is float32.
+    """Stop unless something is trainable, all of it is finite, and every gate parameter is float32.
 
     Raises:
-        TrainingError: naming what is missing or the parameter of the wrong dtype.
+        TrainingError: naming what is missing, or the parameters that are not as they must be.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise TrainingError("Nothing is trainable: every parameter of the model is frozen; check the adapter section.")
+    if broken := not_finite(trainable):
+        raise TrainingError(
+            f"Training cannot begin with NaN or infinity in {listed(broken)}; take weights from before they broke."
+        )
     for name, parameter in model.named_parameters():
         if ("so8t_safe" in name or "so8t_cmd" in name) and parameter.dtype != torch.float32:
             raise TrainingError(f"{name} is {parameter.dtype}; gate generators must be float32 or they cannot move.")

@@ -168,6 +168,16 @@ def test_mixers_that_are_computed_again_keep_less_and_give_the_same_gradient():
     assert all(torch.equal(one, two) for one, two in zip(found[True][1], found[False][1], strict=True))
 
 
+@pytest.mark.parametrize(("mixers", "blocks", "times"), [(False, False, 1), (True, False, 2), (True, True, 2)])
+def test_no_mixer_is_computed_a_third_time(mixers, blocks, times):
+    model, count = built({"checkpoint_ar_ssm": mixers, "n_layers": 1}).train(), []
+    if blocks:
+        model.gradient_checkpointing_enable()
+    model.model.layers[0].mixer.register_forward_pre_hook(lambda *_: count.append(1))
+    model(drawn(2, 10), labels=drawn(2, 10)).loss.backward()
+    assert len(count) == times
+
+
 @kinds
 def test_autocast_answers_in_half_precision_and_stays_near(fields):
     model, ids = built(fields, torch.float32), drawn(2, 12)
