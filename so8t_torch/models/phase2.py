@@ -28,11 +28,12 @@ from so8t_torch.models.phase2_report import (
     memory_findings,
     resolvent_findings,
 )
+from so8t_torch.models.states import check_shapes
 from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
-from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark
+from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark, may_be_set
 from so8t_torch.nn.short_convolution import ShortConvolution
 from so8t_torch.nn.zeta_initialization import ZetaInitializer
 
@@ -151,6 +152,8 @@ class Phase2Block(GradientCheckpointingLayer):
         marks = mark(positions, chunk, real=padding_mask, documents=segment_ids, fresh=state is None)
         if state is None:
             state = self.initial_state(len(x), x.device, self.bk_out.weight.dtype)
+        else:
+            check_shapes(state, self._states)
         mix = self._mix_with_feedback if self.memory is not None and self.config.feedback_enabled else self._mix
         x, state, found = mix(x, state, marks, diagnostics is not None)
         change = self.ffn(self.ffn_norm(x))
@@ -227,8 +230,9 @@ class Phase2Block(GradientCheckpointingLayer):
             return shift[:, None], shift
         turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
         before = torch.where(begun, 0.0, state["shift"][:, None])
-        early = marks.before_turns()
-        _, middle, _ = self._mix(x, state, early, False, before, kept)
+        if not may_be_set(turned):
+            return before, before[:, -1]
+        _, middle, _ = self._mix(x, state, marks.before_turns(), False, before, kept)
         judged = self.memory.judge(middle["memory"]).weights
         after = self.memory.hebbian.potential_feedback(judged)[:, None]
         shift = torch.where(begun, 0.0, torch.where(turned, after, before))

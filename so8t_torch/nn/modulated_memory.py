@@ -10,8 +10,8 @@ depends on the tokens before it alone. A piece of a call may begin anywhere insi
 carried, and are zero where a document begins.
 Cost: the recurrence in runs of up to C tokens that end where a chunk does, and one judgement per chunk. Where chunks of
 rows end at different tokens, which packed documents or unequal rows make them do, runs go through the recurrence twice.
-A call that brings no state never waits for a device, and judges there once per run. One that does reads where its rows
-stand, once: a token that is decoded is judged only where a chunk begins. Compiled and captured graphs judge every token.
+A call that brings no state waits for no device. One that brings a state reads where its rows stand, once, so that a
+token that comes alone is judged only where a chunk begins; compiled and captured graphs cannot, and judge every token.
 Layers: so8t_torch/nn/hebbian.py, memory_selection.py, memory_resonance.py. Derivation: docs/math/hebbian.md.
 """
 
@@ -31,7 +31,7 @@ from so8t_torch.nn.hebbian import DissipativeHebbianLayer, Tokens
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
 
-__all__ = ["Marks", "MemoryState", "ModulatedMemory", "mark"]
+__all__ = ["Marks", "MemoryState", "ModulatedMemory", "mark", "may_be_set"]
 
 
 class MemoryState(NamedTuple):
@@ -242,8 +242,7 @@ class ModulatedMemory(nn.Module):
         turned, begun = (part.long().cumsum(1) > 0 for part in (marks.turns, marks.starts))
         early = _kept(_modulated(tokens, _unless(begun, state.excess)), ~turned)
         worked, weights = self._recur(early, state.weights, _up_to(marks.documents, turned), monitored)
-        # off the CPU a wait in every run would cost more than it could spare
-        if turned.device.type != "cpu" or not _readable(turned) or bool(turned.any()):
+        if may_be_set(turned):
             judged = self.judge(weights)
             late = _kept(_modulated(tokens, _unless(begun, judged.excess)), turned)
             after, later = self._recur(late, judged.weights, marks.documents, monitored)
@@ -312,6 +311,11 @@ def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 def _joined(parts: Any) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def may_be_set(marks: Tensor) -> bool:
+    """Return whether a mark of a run is set; off the CPU, where a wait in every run costs too much, that one may be."""
+    return marks.device.type != "cpu" or not _readable(marks) or bool(marks.any())
 
 
 def _readable(tensor: Tensor) -> bool:
