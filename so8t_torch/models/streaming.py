@@ -8,7 +8,7 @@ Where the reader stops, by closing the iterator or by an interrupt, the thread s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -106,7 +106,7 @@ class Writing:
         self._ids = torch.tensor([ids], device=next(model.parameters()).device)
         self.tokens, self.state_bytes, self.seconds = 0, 0, 0.0
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         """Write; what goes wrong in the writing thread is raised here."""
         streamer, left = TextIteratorStreamer(self._tokenizer, skip_special_tokens=True), Event()
         with ThreadPoolExecutor(1) as pool:
