@@ -33,7 +33,7 @@ from benchmarks.harness import RESULTS, environment
 from so8t_torch.data.text import TextSection, read
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
 from so8t_torch.models.factory import create_phase1_model, create_phase2_model
-from so8t_torch.models.streaming import cache_bytes
+from so8t_torch.models.streaming import cache_bytes, cache_of
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.train.recall import FittingSection, fit
 
@@ -227,12 +227,6 @@ def cost(name: str, length: int) -> Cost:
         decoding = time.process_time() - begun
     (carried,) = cache_of(found).values()
     return Cost(name, length, spent, peak, decoding, cache_bytes(carried))
-
-
-def cache_of(found: object) -> dict[str, object]:
-    """Return what a model wants back for the next token."""
-    names = ("past_key_values", "cache_params")
-    return {name: getattr(found, name) for name in names if getattr(found, name, None) is not None}
 
 
 class Gathered(nn.Module):

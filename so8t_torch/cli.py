@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -299,9 +300,12 @@ def generate(
     disable_progress_bar()
     drawing = Drawing(tokens, temperature, top_k, top_p, seed)
     writing = Writing(*load(run), prompt, drawing)
-    for piece in writing:
-        typer.echo(piece, nl=False)
-    typer.echo()
+    try:
+        with closing(iter(writing)) as pieces:
+            for piece in pieces:
+                typer.echo(piece, nl=False)
+    finally:
+        typer.echo()
     Console(stderr=True).print(writing.summary(), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from so8t_torch.models.configuration import Phase1Config
 from so8t_torch.models.feed_forward import FeedForward
 from so8t_torch.models.language_model import RecurrentForCausalLM, RecurrentModel, register
+from so8t_torch.models.states import check_shapes
 from so8t_torch.nn.semiseparable import AdaptiveRankSemiseparableLayer, State
 
 __all__ = ["Phase1Block", "Phase1ForCausalLM", "Phase1Model"]
@@ -68,6 +69,8 @@ class Phase1Block(GradientCheckpointingLayer):
             outward=self.outward,
         )
         self.dropout = nn.Dropout(config.dropout)
+        fresh = self.initial_state(1, torch.device("meta"), torch.float32)
+        self._states = {name: tuple(part.shape[1:]) for name, part in fresh.items()}
         self.reset_parameters()
 
     @torch.no_grad()
@@ -115,6 +118,8 @@ class Phase1Block(GradientCheckpointingLayer):
         Returns:
             The last holds ``aux_loss`` in any case: what the gates add to the loss.
         """
+        if state is not None:
+            check_shapes(state, self._states)
         entering = None if state is None else State(**state)
         mix = partial(self.mixer, padding_mask=padding_mask)
         # within a block that is computed again as a whole, the mixer would be computed a third time
@@ -126,17 +131,18 @@ class Phase1Block(GradientCheckpointingLayer):
         changed = self.ffn(self.ffn_norm(x))
         found: dict[str, Any] = {"aux_loss": parts["gate_l1_loss"]}
         if diagnostics is not None:
-            found |= _found(parts, changed, diagnostics == "full")
+            found |= _found(parts, changed, padding_mask, diagnostics == "full")
         return x + self.dropout(changed), parts["state"]._asdict(), found
 
 
 @torch.no_grad()
-def _found(parts: dict[str, Any], changed: Tensor, full: bool) -> dict[str, Tensor]:
-    """Return scalars of a block, and the tensors behind them."""
+def _found(parts: dict[str, Any], changed: Tensor, real: Tensor | None, full: bool) -> dict[str, Tensor]:
+    """Return scalars of a block over the tokens that are no padding, and the tensors behind them."""
     gates = parts["gates"].detach()
+    counted = gates if real is None else gates[real]
     found = {
         "effective_rank": parts["effective_rank"].detach(),
-        "gate_sparsity": (gates < 0.5).to(torch.float32).mean(),
+        "gate_sparsity": (counted < 0.5).to(torch.float32).mean(),
         "state_energy": parts["state"].mixer.detach().square().mean(),
     }
     if full:

@@ -28,11 +28,12 @@ from so8t_torch.models.phase2_report import (
     memory_findings,
     resolvent_findings,
 )
+from so8t_torch.models.states import check_shapes
 from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
-from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark, may_turn
+from so8t_torch.nn.modulated_memory import Marks, MemoryState, ModulatedMemory, mark, may_be_set
 from so8t_torch.nn.short_convolution import ShortConvolution
 from so8t_torch.nn.zeta_initialization import ZetaInitializer
 
@@ -87,11 +88,12 @@ class Phase2Block(GradientCheckpointingLayer):
             nn.Linear(width, inner), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(inner, width)
         )
         self.dropout = nn.Dropout(config.dropout)
+        self._states = _state_sizes(config, channels)
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the tensors that the block carries from token to token, in order."""
-        return tuple(self.initial_state(1, torch.device("meta"), torch.float32))
+        return tuple(self._states)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
         """Return the state before the first token: zeros.
@@ -101,19 +103,11 @@ class Phase2Block(GradientCheckpointingLayer):
             device: of the states.
             dtype: of the activations; recurrences are carried in float32, or float64 for float64.
         """
-        config, wide = self.config, accumulation_dtype(dtype)
-        sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        if config.bk_mode == "causal":
-            sizes["chain"] = (self.channels, 2), wide
-        if self.conv is not None:
-            sizes["conv"] = (config.short_conv - 1, config.d_model), dtype
-        if self.memory is not None:
-            sizes["memory"] = (config.num_heads, config.head_dim, config.head_dim), wide
-            if config.snr_enabled:
-                sizes["excess"] = (config.num_heads, 2), wide
-            if config.feedback_enabled:
-                sizes["shift"] = (self.channels,), wide
-        return {name: torch.zeros(batch, *size, device=device, dtype=kind) for name, (size, kind) in sizes.items()}
+        wide = accumulation_dtype(dtype)
+        return {
+            name: torch.zeros(batch, *size, device=device, dtype=dtype if name == "conv" else wide)
+            for name, size in self._states.items()
+        }
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -158,6 +152,8 @@ class Phase2Block(GradientCheckpointingLayer):
         marks = mark(positions, chunk, real=padding_mask, documents=segment_ids, fresh=state is None)
         if state is None:
             state = self.initial_state(len(x), x.device, self.bk_out.weight.dtype)
+        else:
+            check_shapes(state, self._states)
         mix = self._mix_with_feedback if self.memory is not None and self.config.feedback_enabled else self._mix
         x, state, found = mix(x, state, marks, diagnostics is not None)
         change = self.ffn(self.ffn_norm(x))
@@ -166,15 +162,25 @@ class Phase2Block(GradientCheckpointingLayer):
         return x + self.dropout(change), state, found
 
     def _mix(
-        self, x: Tensor, state: State, marks: Marks, watched: bool, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State,
+        marks: Marks,
+        watched: bool,
+        shift: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """Return tokens after both mixers, the state after them, and what a watched call found of each token."""
+        """Return tokens after both mixers, the state after them, and what a watched call found of each token.
+
+        ``kept`` is what dropout leaves of ones, where tokens are gone through more than once.
+        """
         after = dict(state)
         chain = torch.complex(*state["chain"].unbind(-1)) if "chain" in state else None
         mixed = self.bk(self.bk_norm(x), chain, marks.documents, padding_mask=marks.real, shift=shift)
         if mixed.state is not None:
             after["chain"] = torch.stack([mixed.state.real, mixed.state.imag], -1)
-        x = x + self.dropout(self.bk_out(mixed.features))
+        change = self.bk_out(mixed.features)
+        x = x + (self.dropout(change) if kept is None else change * kept.to(change.dtype))
         found = resolvent_findings(mixed, shift) if watched else {}
         if self.memory is None or self.memory_norm is None:
             return x, after, found
@@ -198,33 +204,35 @@ class Phase2Block(GradientCheckpointingLayer):
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         """Return the same, chunk by chunk: the memory shifts the potentials of later tokens."""
         mixed, findings = [], []
-        for first in range(0, x.shape[1], self.config.memory_chunk):
-            places = slice(first, first + self.config.memory_chunk)
+        for places in marks.runs(self.config.memory_chunk):
             piece = marks.piece(places)
-            if not piece.aligned:
+            if piece.lead is None:
                 # within a piece the mixers see documents begin, but not at its first token
                 state = {name: _emptied(part, piece.starts[:, 0]) for name, part in state.items()}
-            shift, last = self._shift(x[:, places], state, piece)
-            y, state, found = self._mix(x[:, places], state, piece, watched, shift)
+            twice = piece.lead is None and self.dropout.training
+            kept = self.dropout(torch.ones_like(x[:, places])) if twice else None
+            shift, last = self._shift(x[:, places], state, piece, kept)
+            y, state, found = self._mix(x[:, places], state, piece, watched, shift, kept)
             state["shift"] = last
             mixed.append(y)
             findings.append(found)
         whole = {name: torch.cat([found[name] for found in findings], 1) for name in findings[0]}
         return torch.cat(mixed, 1), state, whole
 
-    def _shift(self, x: Tensor, state: State, marks: Marks) -> tuple[Tensor, Tensor]:
+    def _shift(self, x: Tensor, state: State, marks: Marks, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return what is added to the potentials of up to a chunk of tokens (B, 1 or N, C), and to that of the next."""
         assert self.memory is not None
-        if marks.aligned:
+        if marks.lead is not None:
             shift = state["shift"]
-            if may_turn(marks.turns[:, 0]):
+            if marks.may_turn():
                 entered = self.memory.judge(state["memory"]).weights
                 shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), shift)
             return shift[:, None], shift
         turned, begun = (part.long().cumsum(1)[..., None] > 0 for part in (marks.turns, marks.starts))
         before = torch.where(begun, 0.0, state["shift"][:, None])
-        early = marks.before_turns()
-        _, middle, _ = self._mix(x, state, early, False, before)
+        if not may_be_set(turned):
+            return before, before[:, -1]
+        _, middle, _ = self._mix(x, state, marks.before_turns(), False, before, kept)
         judged = self.memory.judge(middle["memory"]).weights
         after = self.memory.hebbian.potential_feedback(judged)[:, None]
         shift = torch.where(begun, 0.0, torch.where(turned, after, before))
@@ -244,6 +252,23 @@ class Phase2Block(GradientCheckpointingLayer):
         Rows that drown in it could not be told apart by the keys of the memory.
         """
         return self.config.initializer_range * (2 * self.config.n_layers) ** -0.5
+
+
+def _state_sizes(config: Phase2Config, channels: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what a block carries, without the axis of rows."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    if config.bk_mode == "causal":
+        sizes["chain"] = channels, 2
+    if not config.hebbian_enabled:
+        return sizes
+    if config.short_conv > 1:
+        sizes["conv"] = config.short_conv - 1, config.d_model
+    sizes["memory"] = config.num_heads, config.head_dim, config.head_dim
+    if config.snr_enabled:
+        sizes["excess"] = config.num_heads, 2
+    if config.feedback_enabled:
+        sizes["shift"] = (channels,)
+    return sizes
 
 
 def _emptied(state: Tensor, rows: Tensor) -> Tensor:

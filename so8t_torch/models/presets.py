@@ -35,7 +35,7 @@ __all__ = [
 Phase = Literal["phase1", "phase2"]
 
 FOLDER = Path(__file__).parent / "presets"
-LADDER = ("max_efficiency", "8gb", "10gb", "24gb")
+LADDER = ("max_efficiency", "8gb", "10gb", "24gb", "max_quality")
 """Presets of Phase 1 by the memory that they aim at."""
 
 

@@ -90,7 +90,7 @@ def lay_out(
         first = zeros[:, :1] if mask is None else zeros.gather(1, mask.long().argmax(1, keepdim=True))
         fresh = first[:, 0] if mask is None else first[:, 0] & mask.any(1)
         entering = torch.where(fresh, 0, entering)
-    order = inverse = documents = None
+    order = inverse = None
     if mask is not None and length > 1:
         order = (~mask).long().argsort(dim=1, stable=True)
         inverse = order.argsort(dim=1)
@@ -98,9 +98,9 @@ def lay_out(
     began = torch.zeros(rows, dtype=torch.int64, device=device) if entering is None else entering
     places = torch.arange(length, device=device)
     counted = mask.sum(1) if mask is not None else torch.full_like(began, length)
-    if starts is None:
+    starts = None if starts is None else _document_starts(starts, mask, order)
+    if starts is None or _none(starts):
         return Rows(began[:, None] + places, began + counted, mask, None, order, inverse, fresh)
-    starts = _document_starts(starts, mask, order)
     documents = starts.long().cumsum(1)
     positions = places - torch.where(starts, places, -began[:, None]).cummax(1).values
     last = positions.gather(1, (counted - 1).clamp(min=0)[:, None])[:, 0] + 1
@@ -117,9 +117,7 @@ def _mask(attention_mask: Tensor | None, rows: int, length: int) -> Tensor | Non
             f"{tuple(attention_mask.shape)}; recurrent blocks know padding alone, no mask between pairs of tokens."
         )
     mask = attention_mask[:, -length:] != 0
-    if torch.compiler.is_compiling() or mask.is_meta:
-        return mask
-    return None if bool(mask.all()) else mask
+    return None if _none(~mask) else mask
 
 
 def _starts(
@@ -134,10 +132,7 @@ def _starts(
     if mask is not None:
         # the first token that counts begins its row, wherever it stands
         begins = begins & mask & (mask.long().cumsum(1) > 1)
-    begins = pad(begins[:, 1:], (1, 0))
-    if not (torch.compiler.is_compiling() or begins.is_meta) and not bool(begins.any()):
-        return None
-    return begins.long().cumsum(1)
+    return pad(begins[:, 1:], (1, 0)).long().cumsum(1)
 
 
 def _numbers(name: str, ids: Tensor, rows: int, length: int) -> Tensor:
@@ -153,6 +148,11 @@ def _document_starts(numbers: Tensor, mask: Tensor | None, order: Tensor | None)
     numbers = _taken(numbers, order)
     starts = pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
     return starts if mask is None else starts & mask
+
+
+def _none(marks: Tensor) -> bool:
+    """Return whether no mark is set; where there are no values yet, that one may be."""
+    return not (torch.compiler.is_compiling() or marks.is_meta) and not bool(marks.any())
 
 
 def _taken(x: Tensor, index: Tensor | None) -> Tensor:

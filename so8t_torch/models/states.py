@@ -19,6 +19,7 @@ from so8t_torch.core.errors import ConfigError, ShapeError
 
 __all__ = [
     "RecurrentCache",
+    "check_shapes",
     "read_positions",
     "read_states",
     "state_bytes",
@@ -64,7 +65,7 @@ def read_states(cache: Cache, block: int, names: Sequence[str], rows: int) -> di
         rows: of the call.
 
     Raises:
-        ConfigError: the cache has no such layer.
+        ConfigError: the cache has no such layer, or tensors of other names.
         ShapeError: it holds another number of rows.
     """
     layer = _layer(cache, block)
@@ -75,8 +76,32 @@ def read_states(cache: Cache, block: int, names: Sequence[str], rows: int) -> di
     if len(found) < len(names):
         missing = ", ".join(name for name in names if name not in found)
         raise ConfigError(f"states: expected the cache to hold {missing} of block {block}; it is of another model.")
+    count = sum(layer.recurrent_states.get(place) is not None for place in range(_FIRST, layer.number_of_states))
+    if count > len(names):
+        raise ConfigError(
+            f"states: expected the cache to hold {', '.join(names)} of block {block} alone, got {count} tensors; it is "
+            "of another model."
+        )
     _check_rows(found[names[0]], rows)
     return found
+
+
+def check_shapes(states: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless what a block was handed has the shapes of what it carries.
+
+    Args:
+        states: by name, rows first.
+        shapes: by name, without the axis of rows.
+
+    Raises:
+        ConfigError: they are of a model of other sizes.
+    """
+    for name, shape in shapes.items():
+        found = tuple(states[name].shape[1:])
+        if found != shape:
+            raise ConfigError(
+                f"states: expected {name} {shape} in every row, got {found}; the cache is of a model of other sizes."
+            )
 
 
 def write_states(cache: Cache, block: int, states: Mapping[str, Tensor]) -> None:
@@ -165,9 +190,9 @@ def _keep(layer: LinearAttentionLayer, place: int, tensor: Tensor) -> None:
 
 
 def _layer(cache: Cache, block: int) -> LinearAttentionLayer:
-    layers = cache.layers
+    layers = getattr(cache, "layers", ())
     if block >= len(layers) or not isinstance(layers[block], LinearAttentionLayer):
-        kind = type(layers[block]).__name__ if block < len(layers) else "none"
+        kind = type(layers[block]).__name__ if block < len(layers) else f"none in {type(cache).__name__}"
         raise ConfigError(
             f"states: expected a linear-attention layer for block {block}, got {kind}; make the cache with "
             "RecurrentCache(model.config) or DynamicCache(config=model.config)."

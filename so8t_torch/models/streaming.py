@@ -2,20 +2,29 @@
 
 The library's ``generate`` runs in a thread of its own and hands over what it has written at the ends of words. What it
 carries from token to token is a cache: constant in size for recurrent models, growing with the text for attention.
+Where the reader stops, by closing the iterator or by an interrupt, the thread stops behind the token under way.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.cache_utils import Cache
 
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.models.stored import model_folder, read_model, read_tokenizer
@@ -66,8 +75,10 @@ class Drawing:
 class Writing:
     """One text while it is written; iterate over it for the pieces.
 
+    Whoever leaves the iteration early closes the iterator (``contextlib.closing``), which ends the writing.
+
     Args:
-        model: a language model; it is put into evaluation mode, and back at the end.
+        model: a language model; it is put into evaluation mode, and every part of it back at the end.
         tokenizer: of the model.
         prompt: what the text begins with; it is the first of what is handed over.
         drawing: how tokens are drawn; other random numbers are left alone.
@@ -86,16 +97,19 @@ class Writing:
         self._ids = torch.tensor([ids], device=next(model.parameters()).device)
         self.tokens, self.state_bytes, self.seconds = 0, 0, 0.0
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         """Write; what goes wrong in the writing thread is raised here."""
-        streamer = TextIteratorStreamer(self._tokenizer, skip_special_tokens=True)
+        streamer, left = TextIteratorStreamer(self._tokenizer, skip_special_tokens=True), Event()
         with ThreadPoolExecutor(1) as pool:
-            done = pool.submit(self._write, streamer)
-            yield from streamer
+            done = pool.submit(self._write, streamer, left)
+            try:
+                yield from streamer
+            finally:
+                left.set()
             done.result()
 
-    def _write(self, streamer: TextIteratorStreamer) -> None:
-        training, started = self._model.training, time.monotonic()
+    def _write(self, streamer: TextIteratorStreamer, left: Event) -> None:
+        modes, started = {part: part.training for part in self._model.modules()}, time.monotonic()
         self._model.eval()
         try:
             with torch.random.fork_rng(devices=[self._ids.device] if self._ids.device.type == "cuda" else []):
@@ -104,17 +118,17 @@ class Writing:
                     self._ids,
                     attention_mask=torch.ones_like(self._ids),
                     streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Left(left)]),
                     use_cache=True,
                     return_dict_in_generate=True,
                     **self._drawing.options(),
                 )
             self.tokens = written.sequences.shape[1] - self._ids.shape[1]
-            cache = getattr(written, "past_key_values", None)
-            self.state_bytes = cache_bytes(getattr(written, "cache_params", None) if cache is None else cache)
+            self.state_bytes = sum(map(cache_bytes, cache_of(written).values()))
         finally:
             # the iterator would wait for ever for an end that an error left out
             streamer.end()
-            self._model.train(training)
+            _restore(modes)
             self.seconds = time.monotonic() - started
 
     def summary(self) -> str:
@@ -122,6 +136,32 @@ class Writing:
         rate = self.tokens / self.seconds if self.seconds else 0.0
         size = f"state of {self.state_bytes:,} bytes behind {self._ids.shape[1] + self.tokens:,} tokens"
         return f"{self.tokens} tokens, {rate:.1f} a second; {size}"
+
+
+class _Left(StoppingCriteria):
+    """Ends all rows once nobody reads them any more."""
+
+    def __init__(self, left: Event) -> None:
+        self._left = left
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._left.is_set(), device=input_ids.device)
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    """Put modules back into training or evaluation mode, each for itself."""
+    for part, training in modes.items():
+        part.training = training
+
+
+def cache_of(found: Any) -> dict[str, Cache]:
+    """Return what a model wants back with the next token, under the name of the argument; empty where it keeps nothing.
+
+    Args:
+        found: what a call of the model, or ``generate``, returned.
+    """
+    names = ("past_key_values", "cache_params")
+    return {name: getattr(found, name) for name in names if getattr(found, name, None) is not None}
 
 
 def cache_bytes(cache: Any) -> int:

@@ -8,13 +8,17 @@
 Symbols: S (B, H, K, V); Γ decay and η strength of tokens (B, N, H); e ≥ 0 excesses (B, H). What a chunk works with
 depends on the tokens before it alone. A piece of a call may begin anywhere inside a chunk: state and excesses are
 carried, and are zero where a document begins.
-Cost: the recurrence in runs of C tokens, twice where chunks and runs do not coincide, and one judgement per run.
+Cost: the recurrence in runs of up to C tokens that end where a chunk does, and one judgement per chunk. Where chunks of
+rows end at different tokens, which packed documents or unequal rows make them do, runs go through the recurrence twice.
+A call that brings no state waits for no device. One that brings a state reads where its rows stand, once, so that a
+token that comes alone is judged only where a chunk begins; compiled and captured graphs cannot, and judge every token.
 Layers: so8t_torch/nn/hebbian.py, memory_selection.py, memory_resonance.py. Derivation: docs/math/hebbian.md.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +31,7 @@ from so8t_torch.nn.hebbian import DissipativeHebbianLayer, Tokens
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
 
-__all__ = ["Marks", "MemoryState", "ModulatedMemory", "mark", "may_turn"]
+__all__ = ["Marks", "MemoryState", "ModulatedMemory", "mark", "may_be_set"]
 
 
 class MemoryState(NamedTuple):
@@ -54,26 +58,44 @@ class Marks(NamedTuple):
         turns: the token is the first of a chunk, and not of a document (B, N).
         real: False where the token is padding, behind the others of its row (B, N); nothing where none is.
         documents: number of the document of each token (B, N); nothing where none begins inside the call.
-        aligned: whether chunks begin at the first token of the call and every C tokens later, as far as they begin.
+        lead: tokens before the first that may begin a chunk, the same in all rows; nothing where that is unknown or
+            rows differ.
+        turning: whether the first token may begin a chunk that is not a document's first; nothing where its mark says.
     """
 
     starts: Bool[Tensor, "b n"]
     turns: Bool[Tensor, "b n"]
     real: Bool[Tensor, "b n"] | None
     documents: Int[Tensor, "b n"] | None
-    aligned: bool
+    lead: int | None
+    turning: bool | None
+
+    def runs(self, chunk: int) -> list[slice]:
+        """Return runs of up to C tokens: from boundary to boundary where those are known."""
+        length = self.starts.shape[1]
+        ends = [0, *range(self.lead or chunk, length, chunk), length]
+        return [slice(*pair) for pair in pairwise(ends)]
 
     def piece(self, places: slice) -> Marks:
-        """Return the marks of some tokens."""
+        """Return the marks of the tokens of a run."""
         real, documents = (None if part is None else part[:, places] for part in (self.real, self.documents))
-        return Marks(self.starts[:, places], self.turns[:, places], real, documents, self.aligned)
+        lead = None if self.lead is None else 0
+        turning = self.turning if places.start == 0 else True
+        return Marks(self.starts[:, places], self.turns[:, places], real, documents, lead, turning)
+
+    def may_turn(self) -> bool:
+        """Return whether a row may begin a chunk with the first token."""
+        if self.turning is not None:
+            return self.turning
+        turns = self.turns[:, 0]
+        return not _readable(turns) or bool(turns.any())
 
     def before_turns(self) -> Marks:
         """Return the marks with all tokens from the first turn on as padding."""
         early = self.turns.long().cumsum(1) == 0
         real = early if self.real is None else early & self.real
         documents = _up_to(self.documents, ~early)
-        return Marks(self.starts & early, torch.zeros_like(early), real, documents, self.aligned)
+        return Marks(self.starts & early, torch.zeros_like(early), real, documents, self.lead, turning=False)
 
 
 def mark(
@@ -96,8 +118,16 @@ def mark(
     starts, turns = positions == 0, (positions > 0) & (positions % chunk == 0)
     if real is not None:
         starts, turns = starts & real, turns & real
-    aligned = positions.shape[1] == 1 or (fresh and documents is None)
-    return Marks(starts, turns, real, documents, aligned)
+    lead, turning = None, None
+    if positions.shape[1] == 1:
+        lead = 0
+    elif documents is None and fresh:
+        lead, turning = 0, False
+    elif documents is None and _readable(positions):
+        behind = set((positions[:, 0] % chunk).tolist())
+        lead = -behind.pop() % chunk if len(behind) == 1 else None
+        turning = False if lead else None
+    return Marks(starts, turns, real, documents, lead, turning)
 
 
 class ModulatedMemory(nn.Module):
@@ -161,11 +191,9 @@ class ModulatedMemory(nn.Module):
             ``energy``, ``entering``, ``dissipation``, ``supply``, and ``bound`` of ‖S‖ for the rule "hebb".
         """
         tokens = self.tokens(x, gamma, marks, keyed=keyed)
-        judges = self.snr is not None or self.resonance is not None
-        length, found = x.shape[1], []
-        for first in range(0, length, self.chunk if judges else length):
-            places = slice(first, first + self.chunk if judges else length)
-            run = (self._aligned_run if marks.aligned else self._broken_run) if judges else self._plain_run
+        judges, found = self.snr is not None or self.resonance is not None, []
+        for places in marks.runs(self.chunk) if judges else [slice(0, x.shape[1])]:
+            run = (self._broken_run if marks.lead is None else self._aligned_run) if judges else self._plain_run
             part = Tokens(*(part[:, places] for part in tokens))
             worked, state = run(part, state, marks.piece(places), monitored)
             found.append(worked)
@@ -202,10 +230,9 @@ class ModulatedMemory(nn.Module):
         return worked, state._replace(weights=weights)
 
     def _aligned_run(self, tokens: Tokens, state: MemoryState, marks: Marks, monitored: bool) -> _Run:
-        """Run the tokens of one chunk: the rows that turn do so at the first."""
-        turns = marks.turns[:, 0]
-        if may_turn(turns):
-            state = _chosen(turns, self.judge(state.weights), state)
+        """Run tokens of one chunk: the rows that turn do so at the first."""
+        if marks.may_turn():
+            state = _chosen(marks.turns[:, 0], self.judge(state.weights), state)
         worked, weights = self._recur(_modulated(tokens, state.excess[:, None]), state.weights, None, monitored)
         return worked, state._replace(weights=weights)
 
@@ -215,7 +242,7 @@ class ModulatedMemory(nn.Module):
         turned, begun = (part.long().cumsum(1) > 0 for part in (marks.turns, marks.starts))
         early = _kept(_modulated(tokens, _unless(begun, state.excess)), ~turned)
         worked, weights = self._recur(early, state.weights, _up_to(marks.documents, turned), monitored)
-        if may_turn(turned):
+        if may_be_set(turned):
             judged = self.judge(weights)
             late = _kept(_modulated(tokens, _unless(begun, judged.excess)), turned)
             after, later = self._recur(late, judged.weights, marks.documents, monitored)
@@ -286,8 +313,13 @@ def _joined(parts: Any) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
-def may_turn(marks: Tensor) -> bool:
-    """Return whether a mark is set; where values are not waited for, that it may be."""
-    if torch.compiler.is_compiling() or marks.device.type != "cpu":
-        return True
-    return bool(marks.any())
+def may_be_set(marks: Tensor) -> bool:
+    """Return whether a mark of a run is set; off the CPU, where a wait in every run costs too much, that one may be."""
+    return marks.device.type != "cpu" or not _readable(marks) or bool(marks.any())
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Return whether the host can read values, waiting for a device if need be: not in compiled or captured graphs."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

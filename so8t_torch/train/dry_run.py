@@ -9,6 +9,7 @@ from torch import nn
 from so8t_torch.data.chat import EncodingReport, show_supervision
 from so8t_torch.train.building import Job
 from so8t_torch.train.config import TrainConfig
+from so8t_torch.train.language import reservation
 from so8t_torch.train.plan import plan
 
 
@@ -22,6 +23,8 @@ def describe(config: TrainConfig, job: Job, console: Console) -> None:
     if config.model is not None:
         console.print("first row, of which every token is learned:", style="bold")
         console.print(job.tokenizer.decode(job.rows[0].input_ids), markup=False, highlight=False)
+        if told := reservation(job.model):
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
         if config.model.kind in ("phase1", "phase2"):
             console.print(plan(config).table())
         return

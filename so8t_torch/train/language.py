@@ -33,6 +33,7 @@ from so8t_torch.train.config import ModelSection, TrainConfig
 from so8t_torch.train.fingerprint import of_folder
 from so8t_torch.train.preconditions import check_trainable
 from so8t_torch.train.sharding import is_sharded
+from so8t_torch.train.trained import PACKED_INPUTS, input_names
 
 ORDER = 6
 """Of the n-gram model that is reported beside a run."""
@@ -190,16 +191,18 @@ def baselines(text: Text) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """What is told of a model of text at its end: bits per byte, those of other methods, and a sample."""
+    """What is told of a model of text at its end: bits per byte, those of other methods, a sample, a reservation."""
 
     bits_per_byte: float
     baselines: Mapping[str, float]
     sample: str
+    reservation: str = ""
 
     def lines(self) -> list[str]:
         """Return it for printing."""
         others = "".join(f"; {name.replace('_', ' ')} {bits:.3f}" for name, bits in self.baselines.items())
         found = [f"held-out text {self.bits_per_byte:.3f} bits per byte{others}"]
+        found += [self.reservation] if self.reservation else []
         return [*found, f"sample: {self.sample!r:.400}"] if self.sample else found
 
     def as_json(self) -> dict[str, Any]:
@@ -221,4 +224,19 @@ def conclude(config: TrainConfig, job: Job, loss: float) -> Ending | None:
     others = baselines(job.text) if config.evaluation.baselines else {}
     wanted = 0 if is_sharded(job.model) else config.evaluation.sample_tokens
     drawing = Drawing(wanted, seed=config.seed) if wanted else None
-    return Ending(bits, others, "" if drawing is None else "".join(Writing(job.model, job.tokenizer, "", drawing)))
+    sample = "" if drawing is None else "".join(Writing(job.model, job.tokenizer, "", drawing))
+    return Ending(bits, others, sample, reservation(job.model))
+
+
+def reservation(model: PreTrainedModel) -> str:
+    """Return what is to be said of a model beside others on the same packed rows; nothing where they are its documents.
+
+    Args:
+        model: of any kind.
+    """
+    if set(PACKED_INPUTS) & set(input_names(model)):
+        return ""
+    return (
+        f"documents of a row are not kept apart: {type(model).__name__} takes no segment_ids and no position_ids, so "
+        "that its state runs on behind the token between two documents, in training and on held-out text"
+    )

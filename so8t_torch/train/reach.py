@@ -13,11 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from so8t_torch.core.errors import ShapeError
+from so8t_torch.core.errors import ConfigError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
-from so8t_torch.models.streaming import cache_bytes
+from so8t_torch.models.streaming import cache_bytes, cache_of
 
 __all__ = ["Speed", "gradient_reach", "measure_speed"]
 
@@ -73,6 +72,7 @@ def measure_speed(model: PreTrainedModel, length: int, *, decoded: int = 16, see
 
     Raises:
         ShapeError: there is no token.
+        ConfigError: the model gives no cache.
     """
     if length < 1 or decoded < 1:
         raise ShapeError(f"measure_speed: expected at least one token of each kind, got {length} and {decoded}.")
@@ -81,22 +81,15 @@ def measure_speed(model: PreTrainedModel, length: int, *, decoded: int = 16, see
     begun = time.perf_counter()
     found = model(input_ids=tokens[:, :length], use_cache=True, logits_to_keep=1)
     _wait(model)
+    if not cache_of(found):
+        raise ConfigError(f"measure_speed: expected a model with a cache, got {type(model).__name__} without one.")
     middle = time.perf_counter()
     for place in range(length, length + decoded):
-        cache = _cache(found)
-        found = model(input_ids=tokens[:, place : place + 1], use_cache=True, **cache)
+        found = model(input_ids=tokens[:, place : place + 1], use_cache=True, **cache_of(found))
     _wait(model)
     ended = time.perf_counter()
-    (carried,) = _cache(found).values()
-    return Speed(length, length / (middle - begun), decoded / (ended - middle), cache_bytes(carried))
-
-
-def _cache(found: object) -> dict[str, Cache]:
-    """Return what a model wants back, under its name."""
-    for name in ("past_key_values", "cache_params"):
-        if getattr(found, name, None) is not None:
-            return {name: getattr(found, name)}
-    raise ShapeError(f"measure_speed: expected a model with a cache, got {type(found).__name__} without one.")
+    carried = sum(map(cache_bytes, cache_of(found).values()))
+    return Speed(length, length / (middle - begun), decoded / (ended - middle), carried)
 
 
 def _wait(model: PreTrainedModel) -> None:

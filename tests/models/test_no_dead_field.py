@@ -1,6 +1,7 @@
-"""Every field of a configuration changes something that can be seen: weights, outputs, memory, or an error."""
+"""Every field of a configuration changes the outputs of a model with the same parameters, or what is named for it."""
 
 import functools
+import zlib
 
 import pytest
 import torch
@@ -90,19 +91,57 @@ OF_PHASE_2 = OF_BOTH | {
 }
 
 
+SIZES_OF_PARAMETERS = {
+    *("vocab_size", "d_model", "n_layers", "n_seq", "ffn_dim", "htt_rank", "htt_num_cores", "num_heads", "head_dim"),
+    *("bk_channels", "short_conv", "ar_ssm_max_rank", "ar_ssm_gate_hidden_dim", "ar_ssm_band_width", "ffn_rank"),
+}
+ELSEWHERE = {
+    "initializer_range": "start",
+    "use_zeta_init": "start",
+    "ar_ssm_decays": "start",
+    "zeta_embedding_trainable": "trained numbers",
+    "checkpoint_ar_ssm": "kept",
+    "use_cache": "cache",
+    "backend": "refused",
+    **dict.fromkeys(("dropout", "ar_ssm_l1_regularization", "ar_ssm_gumbel_temperature"), "trained"),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "ids"),
+}
+"""What shows a field that changes neither the sizes of parameters nor the outputs of equal parameters."""
+
+
+def alike(model, start):
+    """Give a model the parameters of another one where they have the same name and shape, all moved a little."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            given = start.get(name, parameter)
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_((given if given.shape == parameter.shape else parameter) + 0.1 * noise)
+    return model
+
+
 @functools.cache
-def seen(create, *fields):
-    """Return all that there is to be seen of a model: numbers, and words where there are none."""
+def started(create, *fields):
+    """Return the parameters of a fresh model."""
+    model = create(**dict(fields), seed=0)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@functools.cache
+def seen(create, before, fields):
+    """Return what there is to be seen of a model with the parameters of the model of other fields."""
+    start = started(create, *fields)
+    found = {"start": torch.cat([tensor.flatten() for tensor in start.values()])}
     try:
-        return _seen(create(**dict(fields), seed=0))
+        return found | _seen(alike(create(**dict(fields), seed=0), started(create, *before)))
     except BackendError as refused:
         return {"refused": str(refused)}
 
 
 def _seen(model):
     ids = torch.arange(24).reshape(2, 12) % 36
-    found = {f"weight {name}": tensor for name, tensor in model.state_dict().items()}
     language = model.can_generate()
+    found = {"shapes": {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}}
     with torch.no_grad():
         model.eval()
         output = model(ids)
@@ -114,17 +153,16 @@ def _seen(model):
     output = model(ids, **given)
     found["trained"] = output.loss if language else output.last_hidden_state
     found["kept"] = kept_bytes(model, lambda: model(ids, **given))
-    found["trained numbers"] = sum(p.numel() for p in model.parameters())
+    found["trained numbers"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if language:
         found["ids"] = [getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")]
     return found
 
 
 def differ(one, two):
-    if one.keys() != two.keys():
-        return True
-    pairs = [(value, two[name]) for name, value in one.items()]
-    return any(not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b for a, b in pairs)
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return not torch.equal(one, two)
+    return one != two
 
 
 @pytest.mark.parametrize(
@@ -136,12 +174,18 @@ def differ(one, two):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_field_makes_a_difference(create, sizes, name, value, beside):
-    assert differ(seen(create, *(sizes | beside).items()), seen(create, *(sizes | beside | {name: value}).items()))
+    """In the sizes or outputs of a model with the same parameters, or in what is named for the field."""
+    before = tuple((sizes | beside).items())
+    after = tuple((sizes | beside | {name: value}).items())
+    place = "shapes" if name in SIZES_OF_PARAMETERS else ELSEWHERE.get(name, "output")
+    assert differ(seen(create, before, before).get(place), seen(create, before, after).get(place))
 
 
 @pytest.mark.parametrize(("create", "sizes"), [(create_phase1_model, PHASE_1), (create_phase2_model, PHASE_2)])
 def test_the_same_fields_make_none(create, sizes):
-    assert not differ(seen(create, *sizes.items()), seen.__wrapped__(create, *sizes.items()))
+    fields = tuple(sizes.items())
+    one, two = seen(create, fields, fields), seen.__wrapped__(create, fields, fields)
+    assert not [name for name in one if differ(one[name], two[name])]
 
 
 @pytest.mark.parametrize(("kind", "changes"), [(Phase1Config, OF_PHASE_1), (Phase2Config, OF_PHASE_2)])

@@ -155,6 +155,22 @@ def test_diagnostics_change_nothing_and_are_detached(fields, level):
         assert all(tensor.ndim == 0 for tensor in found.values()) == (level == "summary")
 
 
+@torch.no_grad()
+def test_diagnostics_count_no_padding():
+    """Gates of padding are closed; numbers are those of the tokens alone."""
+    model, ids = built({}), drawn(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :7] = 0
+    rows = [ids[:1, 7:], ids[1:]]
+    found = model(ids, attention_mask=mask, diagnostics="summary").diagnostics["blocks"]
+    alone = [model(row, diagnostics="full").diagnostics["blocks"] for row in rows]
+    for block, told in enumerate(found):
+        gates = torch.cat([row[block]["gates"].flatten(0, 1) for row in alone])
+        assert told["gate_sparsity"].item() == pytest.approx((gates < 0.5).double().mean().item())
+        assert told["effective_rank"].item() == pytest.approx(gates.sum(-1).mean().item())
+        assert 0 < told["gate_sparsity"] < 1
+
+
 def test_mixers_that_are_computed_again_keep_less_and_give_the_same_gradient():
     ids, found = drawn(2, 24), {}
     for again in (False, True):

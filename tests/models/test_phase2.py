@@ -9,6 +9,7 @@ import torch
 from so8t_torch.models.configuration import Phase2Config
 from so8t_torch.models.factory import create_phase2_model
 from so8t_torch.models.phase2 import Phase2Model
+from so8t_torch.models.rows import lay_out
 from so8t_torch.models.states import RecurrentCache
 
 VOCAB, CHUNK, LENGTH = 23, 4, 13
@@ -133,6 +134,37 @@ def test_packed_documents_are_documents_alone(variant):
 
 
 @torch.no_grad()
+def test_numbers_of_one_document_cost_nothing():
+    model, tokens = built(), ids(2, 18)
+    real = torch.ones(2, 18, dtype=torch.bool)
+    real[0, :3] = real[1, 15:] = False
+    numbers = torch.where(real, 7, torch.tensor([[1], [9]]))
+    for mask, given in ((real, numbers), (None, torch.full((18,), 4))):
+        assert lay_out((2, 18), tokens.device, attention_mask=mask, segment_ids=given).documents is None
+    assert torch.equal(
+        model(tokens, attention_mask=real, segment_ids=numbers).logits, model(tokens, attention_mask=real).logits
+    )
+    numbers[0, 9:] = 8
+    assert lay_out((2, 18), tokens.device, attention_mask=real, segment_ids=numbers).documents is not None
+
+
+def test_feedback_is_that_of_the_state_that_dropout_left(monkeypatch):
+    """Unequal rows are gone through twice: the state that shifts the potentials is that with which the memory turns."""
+    model = built("feedback", dropout=0.5, n_layers=1).train()
+    memory, turned = model.model.layers[0].memory, []
+    judge = memory.judge
+    monkeypatch.setattr(memory, "judge", lambda weights: turned.append(weights) or judge(weights))
+    tokens, restarts = ids(2, 14), torch.stack([torch.arange(14), (torch.arange(14) - 3).clamp(min=0)])
+    restarts[1, :3] = torch.arange(3)
+    torch.manual_seed(0)
+    model(tokens, position_ids=restarts)
+    shifting, turning = turned[::2], turned[1::2]
+    assert len(shifting) == len(turning) > 2
+    torch.testing.assert_close(shifting, turning, rtol=0, atol=ROUNDING)
+    assert turning[-1].any()
+
+
+@torch.no_grad()
 def test_padding_documents_and_calls_together():
     model, tokens = built("feedback"), ids(2, 18)
     numbers = torch.tensor([[0] * 3 + [1] * 6 + [2] * 9, [0] * 8 + [1] * 10])
@@ -156,7 +188,7 @@ def test_padding_documents_and_calls_together():
 def test_packed_rows_in_any_pieces_are_their_documents():
     """Pieces may begin with a document, be one token long, and end inside the padding."""
     generator = random.Random(0)
-    model, tokens = built("feedback"), ids(2, 18)
+    model, tokens = built("feedback", n_layers=1), ids(2, 18)
     places = torch.tensor([[*range(3), *range(6), *range(9)], [*range(8), *range(10)]])
     real = torch.ones(2, 18, dtype=torch.bool)
     real[0, 3:5] = real[1, 15:] = False

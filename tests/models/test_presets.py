@@ -65,7 +65,8 @@ def test_an_unknown_preset_is_refused_with_all_that_there_are():
 
 
 @pytest.mark.parametrize(
-    ("vram", "rank", "least"), [(6, 16, 2), (8, 16, 4), (10, 32, 4), (23.9, 32, 4), (24, 64, 8), (80, 64, 8)]
+    ("vram", "rank", "least"),
+    [(6, 16, 2), (8, 16, 4), (10, 32, 4), (23.9, 32, 4), (24, 64, 8), (39.9, 64, 8), (40, 128, 16), (80, 128, 16)],
 )
 def test_hardware_gets_the_highest_target_it_has_room_for(vram, rank, least):
     config = for_hardware(vram)

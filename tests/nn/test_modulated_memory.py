@@ -141,3 +141,43 @@ def test_the_books_balance_in_every_run():
     assert worked["within_bound"].all()
     # where a chunk begins, the state that enters is the one whose faint modes have faded
     assert (worked["entering"][:, CHUNK] < worked["energy"][:, CHUNK - 1]).all()
+
+
+def counted(module, name, monkeypatch):
+    """Return a list that grows by what a method is given with every call of it."""
+    calls, method = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: calls.append(given) or method(*given))
+    return calls
+
+
+@pytest.mark.parametrize("first", [0, 3, 4, 5])
+def test_rows_that_stand_alike_are_judged_once_a_chunk_and_gone_through_once(first, monkeypatch):
+    module, (x, gamma) = memory(), drawn(2, 17)
+    judged, gone = counted(module, "judge", monkeypatch), counted(module, "_recur", monkeypatch)
+    positions = torch.arange(17).expand(2, -1)
+    module(x[:, first:], gamma[:, first:], zeros(2), mark(positions[:, first:], CHUNK, fresh=not first))
+    turns = [place for place in (4, 8, 12, 16) if place >= first]
+    assert len(judged) == len(turns)
+    assert sum(tokens.v.shape[1] for tokens, *_ in gone) == 17 - first
+
+
+def test_tokens_that_come_singly_are_judged_where_a_chunk_begins(monkeypatch):
+    module, (x, gamma) = memory(), drawn(1, 9)
+    judged, state = counted(module, "judge", monkeypatch), zeros(1)
+    for place in range(9):
+        one = slice(place, place + 1)
+        _, state, _ = module(x[:, one], gamma[:, one], state, mark(torch.tensor([[place]]), CHUNK))
+    assert len(judged) == 2
+
+
+def test_a_call_without_a_state_reads_no_value(monkeypatch):
+    """On the device without values a mark that is asked for is an error."""
+    module = memory().to("meta")
+    judged = counted(module, "judge", monkeypatch)
+    x, gamma, state = torch.empty(2, 13, WIDTH), torch.empty(2, 13, HEADS), zeros(2)
+    places = torch.empty(2, 13, dtype=torch.int64)
+    given = [tensor.to("meta", *kind) for tensor, *kind in ((x, torch.float64), (gamma, torch.float64), (places,))]
+    x, gamma, places = given
+    state = MemoryState(*(part.to("meta") for part in state))
+    module(x, gamma, state, mark(places, CHUNK, fresh=True))
+    assert len(judged) == 3

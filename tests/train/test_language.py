@@ -113,8 +113,10 @@ def test_the_loss_is_the_cross_entropy_of_the_model_s_logits(kind, settings):
         logits = job.model.eval()(batch["input_ids"], **{name: batch[name] for name in names}).logits[:, :-1]
     wanted = functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
     config = settings(kind, training={"max_steps": 1}, evaluation={"sample_tokens": 0})
-    rows = read_metrics(run_training(config).directory / "metrics.jsonl")
+    result = run_training(config)
+    rows = read_metrics(result.directory / "metrics.jsonl")
     assert next(row for row in rows if row["step"] == 0)["eval/lm"] == pytest.approx(wanted.item(), rel=1e-6)
+    assert ("documents of a row are not kept apart" in result.summary()) is (not names)
 
 
 def test_no_document_sees_the_one_before_it(settings):
