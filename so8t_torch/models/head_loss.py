@@ -23,8 +23,8 @@ from so8t_torch.core.precision import accumulation_dtype, autocast_dtype, withou
 
 __all__ = ["head_loss", "is_plain"]
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits that exist at once: 32 MB in float32."""
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that exist at once: 64 MB in float32."""
 
 
 def is_plain(head: nn.Module, hidden: Tensor) -> bool:

@@ -117,7 +117,8 @@ class Phase1Block(GradientCheckpointingLayer):
         """
         entering = None if state is None else State(**state)
         mix = partial(self.mixer, padding_mask=padding_mask)
-        if self.checkpoint_mixer and self.training and torch.is_grad_enabled():
+        # in a block that is computed again as a whole, the mixer would be a third time
+        if self.checkpoint_mixer and self.training and torch.is_grad_enabled() and not self.gradient_checkpointing:
             mix = partial(checkpoint, mix, use_reentrant=False)
         mixed, parts = mix(self.mixer_norm(x), entering, segment_ids)
         x = x + self.dropout(mixed)

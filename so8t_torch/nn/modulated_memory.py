@@ -162,12 +162,12 @@ class ModulatedMemory(nn.Module):
         """
         tokens = self.tokens(x, gamma, marks, keyed=keyed)
         judges = self.snr is not None or self.resonance is not None
-        length, found = x.shape[1], []
-        for first in range(0, length, self.chunk if judges else length):
-            places = slice(first, first + self.chunk if judges else length)
-            run = (self._aligned_run if marks.aligned else self._broken_run) if judges else self._plain_run
-            part = Tokens(*(part[:, places] for part in tokens))
-            worked, state = run(part, state, marks.piece(places), monitored)
+        run = (self._aligned_run if marks.aligned else self._broken_run) if judges else self._plain_run
+        size, found = self.chunk if judges else x.shape[1], []
+        # split and not cut out one by one: the gradients of pieces are joined once, not added as rows full of zeros
+        for number, piece in enumerate(zip(*(part.split(size, 1) for part in tokens), strict=True)):
+            places = slice(number * size, (number + 1) * size)
+            worked, state = run(Tokens(*piece), state, marks.piece(places), monitored)
             found.append(worked)
         worked = {name: _joined([part[name] for part in found]) for name in found[0]}
         return self.hebbian.output(worked.pop("read")), state, worked
