@@ -34,7 +34,7 @@ parity: $(INSTALLED)          ## judge production against reference, write docs/
 bench: $(INSTALLED)           ## benchmarks beside peers; JSON and plots under docs/bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	failed=0; for claim in rotation train_step lns tensor_train linear_recurrence semiseparable tridiagonal \
-		hebbian snr_filter resonance logits language_models; do $(BIN)/python -m benchmarks.$$claim || failed=1; done; exit $$failed
+		hebbian snr_filter resonance logits language_models step_loops; do $(BIN)/python -m benchmarks.$$claim || failed=1; done; exit $$failed
 
 soak: $(INSTALLED)            ## hours of faults: kills, damages, broken numbers, disks, hostile files, drawn examples; a table
 	$(BIN)/python -m tests.faults.soak

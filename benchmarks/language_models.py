@@ -1,11 +1,10 @@
-"""Phase 1 and Phase 2 beside a Llama and a Mamba of transformers, and beside themselves in step loops.
+"""Phase 1 and Phase 2 beside a Llama and a Mamba of transformers.
 
 Four models of equal size learn the same text from the same batches; then the cost of a token is measured against the
-length of a row: CPU time of a training step and of decoding, and what the allocator hands out at most. The second
-table times a training step of Phase 2 against the same weights with recurrences token by token and embedding rows
-gathered and contracted in memory. transformers' Mamba walks token by token on a CPU; its kernels need a GPU.
+length of a row: CPU time of a training step and of decoding, and what the allocator hands out at most.
+transformers' Mamba walks token by token on a CPU; its kernels need a GPU.
 
-    python -m benchmarks.language_models [--parts learned costs loops] [--steps N] [--lengths 512 1024 …]
+    python -m benchmarks.language_models [--parts learned costs] [--steps N] [--lengths 512 1024 …]
 """
 
 from __future__ import annotations
@@ -34,19 +33,12 @@ from so8t_torch.data.text import TextSection, read
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
 from so8t_torch.models.factory import create_phase1_model, create_phase2_model
 from so8t_torch.models.streaming import cache_bytes, cache_of
-from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.train.recall import FittingSection, fit
 
 VOCABULARY = 256
 WIDTH, LAYERS = 128, 4
 PARAMETERS = 1_000_000
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-LOOPED: dict[str, dict[str, object]] = {
-    "small": {},
-    "small, head tied to the train": {"tie_word_embeddings": True},
-    "small, bytes": {"vocab_size": VOCABULARY},
-}
-"""What is compared with step loops: changes of the preset."""
 LEARNING_RATES = (1e-3, 3e-3)
 """Every model is trained with each of these; the best counts."""
 ROWS, LENGTH = 8, 256
@@ -77,19 +69,7 @@ class Cost:
     carried: int
 
 
-@dataclass(frozen=True)
-class Loops:
-    """A training step of Phase 2, ours and in step loops."""
-
-    model: str
-    length: int
-    seconds: float
-    loop_seconds: float
-    peak: int
-    loop_peak: int
-
-
-PARTS = {"learned": Learned, "costs": Cost, "loops": Loops}
+PARTS = {"learned": Learned, "costs": Cost}
 
 
 def phase1(size: int) -> PreTrainedModel:
@@ -186,12 +166,12 @@ def learn(steps: int, seed: int = 0) -> list[Learned]:
     return found
 
 
-def train_step(model: PreTrainedModel, rows: Tensor, **options: bool) -> Callable[[], Tensor]:
+def train_step(model: PreTrainedModel, rows: Tensor) -> Callable[[], Tensor]:
     """Return forward and backward pass on rows."""
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
-        loss = model(input_ids=rows, labels=rows, **options).loss
+        loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         return loss.detach()
 
@@ -229,51 +209,8 @@ def cost(name: str, length: int) -> Cost:
     return Cost(name, length, spent, peak, decoding, cache_bytes(carried))
 
 
-class Gathered(nn.Module):
-    """Rows of a tensor train of two cores as indexing and einsum give them."""
-
-    def __init__(self, embedding: HolographicTTEmbedding) -> None:
-        super().__init__()
-        self.embedding = embedding
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the rows of ids."""
-        places = self.embedding.id_permutation[input_ids]
-        first, second = self.embedding.core1, self.embedding.core2
-        left, right = first[places // len(second)][..., 0, :, :], second[places % len(second)][..., 0, :]
-        product = torch.einsum("btra,r,btrc->btac", left, self.embedding.phase_shift.cos(), right)
-        return product.flatten(-2)
-
-
-class GatheredHead(nn.Module):
-    """Logits from all rows of a tensor train, as a table."""
-
-    def __init__(self, rows: Gathered, vocabulary: int) -> None:
-        super().__init__()
-        self.rows, self.vocabulary = rows, vocabulary
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden states."""
-        return hidden @ self.rows(torch.arange(self.vocabulary)[None])[0].mT
-
-
-def loops(name: str, length: int) -> Loops:
-    """Time a training step of a preset, with a tensor train as embedding, against the same weights in step loops."""
-    settings = {"preset": "small", "embedding": "tt", "dropout": 0.0, "seed": 0, **LOOPED[name]}
-    ours, theirs = create_phase2_model(**settings), create_phase2_model(**settings, backend="eager")
-    theirs.load_state_dict(ours.state_dict())
-    theirs.model.embed_tokens = Gathered(theirs.model.embed_tokens)
-    if theirs.lm_head is None:
-        theirs.lm_head = GatheredHead(theirs.model.embed_tokens, ours.config.vocab_size)
-    rows = torch.randint(ours.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    steps = train_step(ours, rows, skip_logits=True), train_step(theirs, rows)
-    torch.testing.assert_close(steps[0](), steps[1](), rtol=1e-4, atol=1e-4)
-    spent = [seconds(step, 2) for step in steps]
-    return Loops(name, length, *spent, *(peak_bytes(step) for step in steps))
-
-
-def tables(learned: Sequence[Learned], costs: Sequence[Cost], looped: Sequence[Loops]) -> list[Table]:
-    """Return the three tables."""
+def tables(learned: Sequence[Learned], costs: Sequence[Cost]) -> list[Table]:
+    """Return the two tables."""
     first = Table("model", "parameters", "best rate", "held-out bits per byte", title="the same text, the same batches")
     for one in learned:
         first.add_row(one.model, f"{one.parameters:,}", f"{one.learning_rate:g}", f"{one.bits_per_byte:.3f}")
@@ -284,16 +221,7 @@ def tables(learned: Sequence[Learned], costs: Sequence[Cost], looped: Sequence[L
             one.model, f"{one.length:,}", f"{one.length / one.train_seconds:,.0f}", f"{one.train_peak / 1e6:,.0f}",
             f"{DECODED / one.decode_seconds:,.0f}", f"{one.carried:,}",
         )  # fmt: skip
-    third = Table(
-        "preset", "tokens", "tokens/s", "in loops", "ratio", "peak MB", "in loops", "ratio", title="step loops"
-    )
-    for one in looped:
-        third.add_row(
-            one.model, f"{one.length:,}", f"{one.length / one.seconds:,.0f}", f"{one.length / one.loop_seconds:,.0f}",
-            f"{one.loop_seconds / one.seconds:.2f}", f"{one.peak / 1e6:,.0f}", f"{one.loop_peak / 1e6:,.0f}",
-            f"{one.peak / one.loop_peak:.2f}",
-        )  # fmt: skip
-    return [first, second, third]
+    return [first, second]
 
 
 def draw(learned: Sequence[Learned], costs: Sequence[Cost], picture: Path) -> None:
@@ -330,7 +258,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--longest-mamba", type=int, default=2048, help="its loop over tokens needs minutes beyond")
-    parser.add_argument("--loop-lengths", type=int, nargs="*", default=(512, 2048))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -343,8 +270,6 @@ def main() -> None:
         pairs = [(name, length) for length in arguments.lengths for name in MODELS]
         kept = [pair for pair in pairs if pair[0] != "Mamba" or pair[1] <= arguments.longest_mamba]
         document["costs"] = [asdict(cost(*pair)) for pair in kept]
-    if "loops" in arguments.parts:
-        document["loops"] = [asdict(loops(name, length)) for name in LOOPED for length in arguments.loop_lengths]
     file.write_text(json.dumps(document, indent=1) + "\n")
     found = [[kind(**row) for row in document[part]] for part, kind in PARTS.items()]
     if found[0] and found[1]:

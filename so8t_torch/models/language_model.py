@@ -2,8 +2,8 @@
 
     loss = mean over labels t of log Σ_i exp(logits_i) − logits_t,  plus what the blocks add
 
-The head is a linear layer of its own, the transpose of the table, or the transpose of a tensor train, whose loss stores
-no logits.
+The head is a linear layer of its own, the transpose of the table, or the transpose of a tensor train. The loss alone
+stores no logits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from so8t_torch.core.errors import ConfigError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.models.body import RecurrentModel, RecurrentPreTrainedModel
+from so8t_torch.models.head_loss import head_loss, is_plain
 from so8t_torch.models.states import RecurrentCache
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.nn.tensor_train_head import TensorTrainHead
@@ -110,7 +111,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             output_hidden_states: see there.
             logits_to_keep: how many of the last columns get logits, 0 for all, or which columns.
             diagnostics: see there.
-            skip_logits: leave logits out: the loss of a tensor-train head then never stores any.
+            skip_logits: leave logits out: the loss then never stores them all.
             num_items_in_batch: labels that count in all parts of a batch; by default those of this call.
             **kwargs: see there.
 
@@ -172,6 +173,8 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         counted = (wanted != IGNORED).sum()
         if self.lm_head is None:
             total = self._train_head().loss(hidden, wanted, reduction="sum")
+        elif logits is None and is_plain(self.lm_head, hidden):
+            total = head_loss(hidden, self.lm_head.weight, wanted, IGNORED)
         else:
             scores = self._head()(hidden) if logits is None else logits
             scores = scores.to(accumulation_dtype(scores.dtype))

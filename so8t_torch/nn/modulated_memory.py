@@ -192,10 +192,13 @@ class ModulatedMemory(nn.Module):
         """
         tokens = self.tokens(x, gamma, marks, keyed=keyed)
         judges, found = self.snr is not None or self.resonance is not None, []
-        for places in marks.runs(self.chunk) if judges else [slice(0, x.shape[1])]:
-            run = (self._broken_run if marks.lead is None else self._aligned_run) if judges else self._plain_run
-            part = Tokens(*(part[:, places] for part in tokens))
-            worked, state = run(part, state, marks.piece(places), monitored)
+        run = (self._broken_run if marks.lead is None else self._aligned_run) if judges else self._plain_run
+        runs = marks.runs(self.chunk) if judges else [slice(0, x.shape[1])]
+        sizes = [places.stop - places.start for places in runs]
+        # split and not cut out one by one: the gradients of pieces are joined once, not added as rows full of zeros
+        pieces = zip(*(part.split(sizes, 1) for part in tokens), strict=True)
+        for places, piece in zip(runs, pieces, strict=True):
+            worked, state = run(Tokens(*piece), state, marks.piece(places), monitored)
             found.append(worked)
         worked = {name: _joined([part[name] for part in found]) for name in found[0]}
         return self.hebbian.output(worked.pop("read")), state, worked

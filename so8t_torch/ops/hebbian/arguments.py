@@ -21,7 +21,7 @@ Rule = Literal["hebb", "delta"]
 Discretization = Literal["euler", "zoh"]
 KeyNorm = Literal["l2", "none"]
 OPTIONS = {"rule": ("hebb", "delta"), "discretization": ("euler", "zoh"), "key_norm": ("l2", "none")}
-SERIES_BELOW, SERIES_TERMS = 0.5, 16
+SERIES_BELOW, SERIES_TERMS = 0.5, {torch.float32: 10, torch.float64: 16}
 """Where (1 − e^{−Γ})/Γ and its derivatives cancel, and how many terms of its series stand for it there."""
 
 
@@ -110,9 +110,9 @@ def held(rate: Tensor) -> Tensor:
     """Return (1 − e^{−Γ})/Γ, by its series where the quotient's derivatives cancel."""
     near = rate < SERIES_BELOW
     small, large = torch.where(near, rate, 0.0), torch.where(near, 1.0, rate)
-    series = torch.ones_like(rate)
-    for n in range(SERIES_TERMS, 1, -1):
-        series = 1.0 - small / n * series
+    one = series = torch.ones_like(rate)
+    for n in range(SERIES_TERMS[rate.dtype], 1, -1):
+        series = torch.addcmul(one, small, series, value=-1.0 / n)
     return torch.where(near, series, -torch.expm1(-large) / large)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from so8t_torch.core.forward_mode import refuse_tangents
+from so8t_torch.core.forward_mode import register_autograd
+from so8t_torch.core.operators import define
 from so8t_torch.core.precision import accumulation_dtype
 from so8t_torch.ops.hebbian import eager
 
@@ -61,22 +62,16 @@ def _gradient(
     return eager.gradient_chunked(grad, grad_final, q, k, v, log_decay, eta, states, restart, delta)
 
 
-hebbian = torch.library.custom_op(
-    "so8t::hebbian",
-    _hebbian,
-    mutates_args=(),
-    schema=f"({INPUTS}, bool delta, str backend) -> (Tensor, Tensor, Tensor)",
-)
-gradient = torch.library.custom_op(
-    "so8t::hebbian_gradient",
+hebbian = define("hebbian", _hebbian, f"({INPUTS}, bool delta, str backend) -> (Tensor, Tensor, Tensor)")
+gradient = define(
+    "hebbian_gradient",
     _gradient,
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor grad_final, {INPUTS}, Tensor states, bool delta, str backend) "
+    f"(Tensor grad, Tensor grad_final, {INPUTS}, Tensor states, bool delta, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-@hebbian.register_fake
+@torch.library.register_fake(hebbian)
 def _(_q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     _, _, initial, _, delta, _ = others
     rows, length, heads, width = v.shape
@@ -86,7 +81,7 @@ def _(_q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return v.new_empty(v.shape), final, states
 
 
-@gradient.register_fake
+@torch.library.register_fake(gradient)
 def _(_grad: Tensor, grad_final: Tensor, *given: Any) -> tuple[Tensor, ...]:
     return *(x.new_empty(x.shape) for x in given[:5]), grad_final.new_empty(grad_final.shape)
 
@@ -124,6 +119,5 @@ def _gradient_backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ..
     return *found[:-1], None if initial is None else found[-1], None, None, None, None
 
 
-hebbian.register_autograd(_hebbian_backward, setup_context=_save_hebbian)
-gradient.register_autograd(_gradient_backward, setup_context=_save_gradient)
-refuse_tangents(hebbian, gradient)
+register_autograd(hebbian, _hebbian_backward, setup_context=_save_hebbian)
+register_autograd(gradient, _gradient_backward, setup_context=_save_gradient)

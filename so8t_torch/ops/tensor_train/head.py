@@ -318,7 +318,11 @@ def _width(cores: list[Tensor]) -> int:
 
 def _masked(score: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     """Set the columns of ids that do not exist to −∞, in place."""
-    return score.masked_fill_(ids >= vocab_size, -math.inf)
+    outside = ids >= vocab_size
+    if ids.device.type != "cpu":
+        return score.masked_fill_(outside, -math.inf)
+    # few columns or none: not worth a walk through all
+    return score.index_fill_(1, outside.nonzero()[:, 0], -math.inf)
 
 
 def _split(kept: Tensor, tokens: int) -> tuple[Tensor, ...]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from so8t_torch.core.forward_mode import refuse_tangents
+from so8t_torch.core.forward_mode import register_autograd
+from so8t_torch.core.operators import define
 from so8t_torch.ops.tridiagonal import eager
 
 
@@ -33,26 +34,18 @@ def _linear_scan(m: Tensor, s: Tensor, reverse: Sequence[bool], backend: str) ->
     return eager.linear_scan_blocked(m, s, reverse)
 
 
-ratios = torch.library.custom_op(
-    "so8t::tridiagonal_ratios",
-    _ratios,
-    mutates_args=(),
-    schema="(Tensor d, Tensor beta, bool[] reverse, str backend) -> Tensor",
-)
-linear_scan = torch.library.custom_op(
-    "so8t::tridiagonal_linear_scan",
-    _linear_scan,
-    mutates_args=(),
-    schema="(Tensor m, Tensor s, bool[] reverse, str backend) -> Tensor",
+ratios = define("tridiagonal_ratios", _ratios, "(Tensor d, Tensor beta, bool[] reverse, str backend) -> Tensor")
+linear_scan = define(
+    "tridiagonal_linear_scan", _linear_scan, "(Tensor m, Tensor s, bool[] reverse, str backend) -> Tensor"
 )
 
 
-@ratios.register_fake
+@torch.library.register_fake(ratios)
 def _(_d: Tensor, beta: Tensor, reverse: Sequence[bool], _backend: str) -> Tensor:
     return beta.new_empty((len(reverse), *beta.shape))
 
 
-@linear_scan.register_fake
+@torch.library.register_fake(linear_scan)
 def _(_m: Tensor, s: Tensor, _reverse: Sequence[bool], _backend: str) -> Tensor:
     return s.new_empty(s.shape)
 
@@ -83,6 +76,5 @@ def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return source * eager.shifted(x, ctx.reverse).conj(), source, None, None
 
 
-ratios.register_autograd(_ratios_backward, setup_context=_save_ratios)
-linear_scan.register_autograd(_scan_backward, setup_context=_save_scan)
-refuse_tangents(ratios, linear_scan)
+register_autograd(ratios, _ratios_backward, setup_context=_save_ratios)
+register_autograd(linear_scan, _scan_backward, setup_context=_save_scan)
