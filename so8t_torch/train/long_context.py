@@ -19,7 +19,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
@@ -57,8 +57,14 @@ class LongContextConfig(Section):
         default_factory=dict, description="Fields of Phase2Config other than vocab_size."
     )
     training: RecallTrainingSection = Field(default_factory=RecallTrainingSection)
-    steps: dict[Task, PositiveInt] = Field(default_factory=dict, description="Of single tasks, not as in training.")
+    trainings: dict[Task, RecallTrainingSection] = Field(
+        default_factory=dict, description="How single tasks are learned, in place of training."
+    )
     measuring: MeasuringSection = Field(default_factory=MeasuringSection)
+
+    def training_of(self, task: Task) -> RecallTrainingSection:
+        """Return how a task is learned."""
+        return self.trainings.get(task, self.training)
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ def _check(config: LongContextConfig, tasks: Sequence[RecallSection]) -> None:
         raise ConfigError(f"long-context: expected no {' and '.join(taken)} in model: the report sets it; remove it.")
     Phase2Config(**config.model)
     for task in tasks:
-        for distance in (config.training.shortest, *config.measuring.distances):
+        for distance in (config.training_of(task.task).shortest, *config.measuring.distances):
             task.length(distance)
 
 
@@ -163,9 +169,7 @@ def _examine(config: LongContextConfig, task: RecallSection, variant: str, model
     """Train a model on a task and measure it."""
     measuring = config.measuring
     begun = time.process_time()
-    steps = config.steps.get(task.task, config.training.steps)
-    training = config.training.model_copy(update={"steps": steps})
-    losses = train_recall(model, task, training, seed=config.seed)
+    losses = train_recall(model, task, config.training_of(task.task), seed=config.seed)
     seconds = round(time.process_time() - begun, 1)
     model.eval()
     right = accuracy(model, task, measuring.distances, rows=measuring.rows, seed=config.seed + 1)

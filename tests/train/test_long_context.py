@@ -146,7 +146,7 @@ def settings(tmp_path, **changes):
         "task": {"items": 2, "symbols": 4, "noise": 4},
         "model": TINY,
         "training": {"steps": 2, "rows": 2, "shortest": 4, "longest": 8},
-        "steps": {"copy": 3},
+        "trainings": {"copy": {"steps": 3, "rows": 2, "shortest": 4, "longest": 8, "growing": 0.5}},
         "measuring": {"distances": (4, 8), "rows": 2, "reach": 20, "reach_rows": 1, "lengths": (8, 16)},
     }
     return LongContextConfig(**{**sections, **changes})
@@ -179,6 +179,7 @@ def test_the_report_holds_every_task_with_and_without_memory(tmp_path):
         ({"model": {"vocab_size": 7}}, "no vocab_size in model"),
         ({"model": {"d_modle": 7}}, "d_model"),
         ({"task": {"items": 9}}, "a distance of 9 or more"),
+        ({"trainings": {"copy": {"shortest": 1}}}, "a distance of 2 or more"),
         ({"tasks": ()}, "at least one task"),
     ],
 )
