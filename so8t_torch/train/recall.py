@@ -6,6 +6,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -79,6 +80,8 @@ class _Batches(IterableDataset):
 
 class _Silent(Trainer):
     """A trainer whose losses are kept and not printed, and whose parameters are grouped as in every other training."""
+
+    optimizer: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
