@@ -36,8 +36,6 @@ __all__ = ["Phase2Block", "Phase2ForCausalLM", "Phase2Model"]
 
 SLOWEST_DECAY = 1e-4
 """Least decay rate of the memory per token."""
-POSITION_SHARE = 0.05
-"""Size of a position's row beside a token's at the start."""
 State = dict[str, Array]
 
 
@@ -174,7 +172,7 @@ class Phase2Model(nnx.Module):
         self.embed_tokens = _token_embedding(config, param_dtype, rngs)
         self.embed_positions = nnx.data(None)
         if config.position_embedding == "zeta":
-            scale = POSITION_SHARE * math.sqrt(2.0) * config.initializer_range
+            scale = config.position_scale * math.sqrt(2.0) * config.initializer_range
             trained = config.zeta_embedding_trainable
             self.embed_positions = ZetaEmbedding(config.n_seq, config.d_model, trained, scale, param_dtype=param_dtype)
         self.layers = nnx.List(

@@ -41,6 +41,7 @@ class Phase2Config:
     ffn_dim: int | None = None
     layer_norm_eps: float = 1e-5
     position_embedding: Literal["zeta", "none"] = "zeta"
+    position_scale: float = 0.05
     zeta_embedding_trainable: bool = False
     htt_rank: int = 16
     htt_num_cores: int = 2

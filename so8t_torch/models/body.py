@@ -33,8 +33,6 @@ from so8t_torch.nn.zeta_embedding import ZetaEmbedding
 __all__ = ["HiddenOutput", "RecurrentModel", "RecurrentPreTrainedModel"]
 
 DIAGNOSTICS = (None, "summary", "full")
-POSITION_SHARE = 0.05
-"""Size of a position's row beside a token's at the start: a memory finds a key again wherever its token stands."""
 _OF_PACKED_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 """What collators of packed rows give beside the position_ids, which say the same."""
 
@@ -152,7 +150,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self.embed_tokens = _token_embedding(config)
         self.embed_positions = None
         if config.position_embedding == "zeta":
-            scale = POSITION_SHARE * math.sqrt(2.0) * config.initializer_range
+            scale = config.position_scale * math.sqrt(2.0) * config.initializer_range
             self.embed_positions = ZetaEmbedding(
                 config.n_seq, config.d_model, config.zeta_embedding_trainable, scale=scale
             )

@@ -42,8 +42,9 @@ HEAD_DIM = 64
 """Width of a head where the width of the model is a multiple of it."""
 _SHARED = (
     *("vocab_size", "d_model", "n_layers", "n_seq", "ffn_dim", "dropout", "layer_norm_eps", "position_embedding"),
-    *("zeta_embedding_trainable", "htt_rank", "htt_num_cores", "htt_phase_encoding", "tie_word_embeddings", "backend"),
-    *("initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "embedding"),
+    *("position_scale", "zeta_embedding_trainable", "htt_rank", "htt_num_cores", "htt_phase_encoding"),
+    *("tie_word_embeddings", "backend", "initializer_range", "use_cache", "embedding"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 """What the configuration of a converted model takes over."""
 

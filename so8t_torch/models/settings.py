@@ -130,6 +130,8 @@ class RecurrentConfig(PreTrainedConfig):
         dropout: share of activations dropped in training.
         layer_norm_eps: of every layer norm.
         position_embedding: ``"zeta"`` adds sines and cosines of the zeta zeros, ``"none"`` nothing.
+        position_scale: size of a position's row beside a token's at the start; a small one lets a memory find a key
+            again wherever its token stands.
         zeta_embedding_trainable: the first n_seq rows of them are trained.
         htt_rank: of every bond of an embedding that is a tensor train.
         htt_num_cores: its cores, 2, or 3 for a hierarchy of the vocabulary.
@@ -160,6 +162,7 @@ class RecurrentConfig(PreTrainedConfig):
     dropout: float = setting(0.1, number(below=1.0, zero=True))
     layer_norm_eps: float = setting(1e-5, number())
     position_embedding: Literal["zeta", "none"] = setting("none", choice("zeta", "none"))
+    position_scale: float = setting(0.05, number())
     zeta_embedding_trainable: bool = setting(False, flag)
     htt_rank: int = setting(16, whole())
     htt_num_cores: int = setting(2, choice(2, 3))

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, code, device, threads. Written once into the run folder."""
+"""What a run ran on: versions, code, processor, device, threads. Written once into the run folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ PACKAGES = (
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Return package versions (``None`` where absent), git commit, Python, device, threads and seed."""
+    """Return package versions (``None`` where absent), git commit, Python, processor, device, threads and seed."""
     return {
         "packages": {name: version(name) for name in PACKAGES},
         "git": git_state(Path(__file__)),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "devices": max(1, torch.cuda.device_count()),
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
+
+
+def processor() -> str:
+    """Return the name that the processor gives itself, or its kind where the system does not tell."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def version(package: str) -> str | None:

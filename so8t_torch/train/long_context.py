@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from so8t_torch.core.config import Section
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.data.recall import RecallSection, Task
 from so8t_torch.models.configuration import Phase2Config
+from so8t_torch.train.environment import environment
 from so8t_torch.train.reach import Speed, gradient_reach, measure_speed
 from so8t_torch.train.recall import RecallTrainingSection, accuracy, train_recall
 
@@ -55,16 +57,24 @@ class LongContextConfig(Section):
         default_factory=dict, description="Fields of Phase2Config other than vocab_size."
     )
     training: RecallTrainingSection = Field(default_factory=RecallTrainingSection)
+    trainings: dict[Task, RecallTrainingSection] = Field(
+        default_factory=dict, description="How single tasks are learned, in place of training."
+    )
     measuring: MeasuringSection = Field(default_factory=MeasuringSection)
+
+    def training_of(self, task: Task) -> RecallTrainingSection:
+        """Return how a task is learned."""
+        return self.trainings.get(task, self.training)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one model reached on one task."""
+    """What one model reached on one task, and the CPU time of its training."""
 
     task: str
     variant: str
     parameters: int
+    processor_seconds: float
     losses: list[float]
     accuracy: dict[int, float]
     reach: dict[int, float]
@@ -100,6 +110,7 @@ class LongContextReport:
         folder.mkdir(parents=True, exist_ok=True)
         document = {
             "settings": self.settings,
+            "environment": environment(self.settings["seed"]),
             "findings": [asdict(found) for found in self.findings],
             "speeds": [speed._asdict() for speed in self.speeds],
         }
@@ -150,14 +161,16 @@ def _check(config: LongContextConfig, tasks: Sequence[RecallSection]) -> None:
         raise ConfigError(f"long-context: expected no {' and '.join(taken)} in model: the report sets it; remove it.")
     Phase2Config(**config.model)
     for task in tasks:
-        for distance in (config.training.shortest, *config.measuring.distances):
+        for distance in (config.training_of(task.task).shortest, *config.measuring.distances):
             task.length(distance)
 
 
 def _examine(config: LongContextConfig, task: RecallSection, variant: str, model: PreTrainedModel) -> Finding:
     """Train a model on a task and measure it."""
     measuring = config.measuring
-    losses = train_recall(model, task, config.training, seed=config.seed)
+    begun = time.process_time()
+    losses = train_recall(model, task, config.training_of(task.task), seed=config.seed)
+    seconds = round(time.process_time() - begun, 1)
     model.eval()
     right = accuracy(model, task, measuring.distances, rows=measuring.rows, seed=config.seed + 1)
     generator = torch.Generator().manual_seed(config.seed + 2)
@@ -165,7 +178,7 @@ def _examine(config: LongContextConfig, task: RecallSection, variant: str, model
     rows = task.batch(measuring.reach_rows, fitting, generator).input_ids
     reach = octaves(gradient_reach(model, rows))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Finding(task.task, variant, parameters, losses, right, reach)
+    return Finding(task.task, variant, parameters, seconds, losses, right, reach)
 
 
 def octaves(reach: Float[Tensor, " t"]) -> dict[int, float]:
@@ -199,7 +212,7 @@ def draw(report: LongContextReport, picture: Path) -> None:
     lengths = [speed.length for speed in report.speeds]
     axes[0, -1].plot(lengths, [speed.prefill for speed in report.speeds], "o-", label="prefill")
     axes[0, -1].plot(lengths, [speed.decode for speed in report.speeds], "s-", label="decode")
-    axes[0, -1].set(title="cost", ylabel="tokens per second", yscale="log")
+    axes[0, -1].set(title="cost", ylabel="tokens per second of one thread", yscale="log")
     axes[0, -1].legend()
     axes[1, -1].plot(lengths, [speed.state for speed in report.speeds], "o-")
     axes[1, -1].set(ylabel="carried state, bytes", xlabel="length")

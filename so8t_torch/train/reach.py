@@ -24,6 +24,8 @@ __all__ = ["Speed", "gradient_reach", "measure_speed"]
 class Speed(NamedTuple):
     """Tokens per second of one row of a length, and what is carried from token to token after it.
 
+    A second is one of CPU time of a single thread, or off the CPU one of wall clock.
+
     Attributes:
         length: tokens of the row.
         prefill: tokens per second, the row at once.
@@ -64,6 +66,8 @@ def gradient_reach(model: PreTrainedModel, input_ids: Int[Tensor, "b t"]) -> Flo
 def measure_speed(model: PreTrainedModel, length: int, *, decoded: int = 16, seed: int = 0) -> Speed:
     """Return the speed of a model behind a row of random tokens, and the size of what it carries.
 
+    The row is taken three times: once to warm up, and then the smaller time of two counts.
+
     Args:
         model: causal language model in evaluation mode.
         length: tokens of the row, at least 1.
@@ -78,20 +82,33 @@ def measure_speed(model: PreTrainedModel, length: int, *, decoded: int = 16, see
         raise ShapeError(f"measure_speed: expected at least one token of each kind, got {length} and {decoded}.")
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (1, length + decoded), generator=generator).to(model.device)
-    begun = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _timed(model, tokens, length)
+        first, second = (_timed(model, tokens, length) for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    row, rest = (min(pair) for pair in zip(first[:2], second[:2], strict=True))
+    return Speed(length, length / row, decoded / rest, second[2])
+
+
+def _timed(model: PreTrainedModel, tokens: Tensor, length: int) -> tuple[float, float, int]:
+    """Return the seconds for the first tokens at once and for the others one by one, and the bytes carried."""
+    begun = _seconds(model)
     found = model(input_ids=tokens[:, :length], use_cache=True, logits_to_keep=1)
-    _wait(model)
     if not cache_of(found):
         raise ConfigError(f"measure_speed: expected a model with a cache, got {type(model).__name__} without one.")
-    middle = time.perf_counter()
-    for place in range(length, length + decoded):
+    middle = _seconds(model)
+    for place in range(length, tokens.shape[1]):
         found = model(input_ids=tokens[:, place : place + 1], use_cache=True, **cache_of(found))
-    _wait(model)
-    ended = time.perf_counter()
-    carried = sum(map(cache_bytes, cache_of(found).values()))
-    return Speed(length, length / (middle - begun), decoded / (ended - middle), carried)
+    ended = _seconds(model)
+    return middle - begun, ended - middle, sum(map(cache_bytes, cache_of(found).values()))
 
 
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+def _seconds(model: PreTrainedModel) -> float:
+    """Return a clock that counts what the model's device has done up to now."""
+    if model.device.type == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize(model.device)
+    return time.perf_counter()

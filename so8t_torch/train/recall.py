@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from so8t_torch.adapter import so8t_param_groups
 from so8t_torch.core.config import Section
 from so8t_torch.core.errors import TrainingError
 from so8t_torch.data.chat import IGNORED
@@ -29,21 +33,36 @@ class FittingSection(Section):
     steps: int = Field(default=600, ge=1, description="Optimiser steps.")
     learning_rate: float = Field(default=3e-3, gt=0, description="Its largest value; it falls as a cosine.")
     warmup: int = Field(default=20, ge=0, description="Steps until it is reached.")
-    weight_decay: float = Field(default=0.01, ge=0, description="Of matrices.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Of matrices; vectors have none.")
 
 
 class RecallTrainingSection(FittingSection):
-    """How a model is trained on a task; each batch draws its distance evenly in the logarithm."""
+    """How a model is trained on a task; each batch draws its distance, evenly in the logarithm.
+
+    The largest distance grows from ``shortest`` to ``longest``, evenly in the logarithm, while ``growing`` of the steps
+    are taken.
+    """
 
     rows: int = Field(default=16, ge=1, description="Rows of a batch.")
     shortest: int = Field(default=16, ge=1, description="Least distance of a batch.")
     longest: int = Field(default=256, ge=1, description="Largest distance of a batch.")
+    growing: float = Field(default=0.0, ge=0, le=1, description="Share of the steps in which that distance is reached.")
 
     @model_validator(mode="after")
     def _ordered(self) -> RecallTrainingSection:
         if self.longest < self.shortest:
             raise ValueError(f"expected longest ≥ shortest, got {self.longest} < {self.shortest}")
         return self
+
+    def distance(self, step: int, share: float) -> int:
+        """Return the distance of a batch.
+
+        Args:
+            step: number of the batch, from 0.
+            share: place between the least distance and the largest of this step, in [0, 1).
+        """
+        grown = min(1.0, step / (self.growing * self.steps)) if self.growing else 1.0
+        return round(self.shortest * (self.longest / self.shortest) ** (share * grown))
 
 
 class _Batches(IterableDataset):
@@ -54,15 +73,23 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
-        low, high = (math.log(end) for end in (self.settings.shortest, self.settings.longest))
-        while True:
-            share = float(torch.rand((), generator=generator))
-            distance = round(math.exp(low + share * (high - low)))
+        for step in itertools.count():
+            distance = self.settings.distance(step, float(torch.rand((), generator=generator)))
             yield self.task.batch(self.settings.rows, distance, generator)._asdict()
 
 
 class _Silent(Trainer):
-    """A trainer whose losses are kept and not printed."""
+    """A trainer whose losses are kept and not printed, and whose parameters are grouped as in every other training."""
+
+    optimizer: Any
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            rate, trained = self.args.learning_rate, self.model if model is None else model
+            groups = so8t_param_groups(trained, rate, rate, weight_decay=self.args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
 
     def log(self, logs: dict[str, float], *_: object) -> None:
         self.state.log_history.append(logs)

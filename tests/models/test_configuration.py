@@ -17,6 +17,7 @@ WRONG = {
     "dropout": 1.0,
     "layer_norm_eps": math.nan,
     "position_embedding": "rotary",
+    "position_scale": 0.0,
     "htt_num_cores": 4,
     "htt_phase_encoding": 1,
     "initializer_range": math.inf,

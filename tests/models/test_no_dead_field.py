@@ -23,6 +23,7 @@ OF_BOTH = {
     "ffn_dim": (24, {}),
     "dropout": (0.5, {}),
     "layer_norm_eps": (0.1, {}),
+    "position_scale": (1.0, {"position_embedding": "zeta"}),
     "zeta_embedding_trainable": (True, {"position_embedding": "zeta"}),
     "initializer_range": (0.1, {}),
     "use_cache": (False, {}),

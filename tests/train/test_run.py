@@ -88,6 +88,7 @@ def test_the_environment_is_written(finished):
     found = json.loads((finished.directory / "environment.json").read_text())
     assert found["packages"]["torch"] == importlib.metadata.version("torch")
     assert (found["threads"], found["seed"], found["device"]) == (1, 0, "cpu")
+    assert found["processor"]
 
 
 def test_the_picture_is_a_png_of_sensible_size(finished):
