@@ -228,7 +228,7 @@ def convert(
     "[bold]so8t convert-weights FLAX MODEL --to torch[/bold]",
 )
 def convert_weights(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a Phase 2 model; only read.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a language model; only read.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
     to: Annotated[Literal["jax", "torch"], typer.Option(help="Side that is to read the weights.")],
 ) -> None:

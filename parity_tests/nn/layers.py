@@ -168,7 +168,8 @@ def ar_ssm(name: str, **options: Any) -> OpPair:
         return y, tuple(found["state"]), found["gates"]
 
     def carried(generator: np.random.Generator, size: Size) -> Drawn:
-        mixer = generator.standard_normal((RANK,) if compat else (RANK, WIDTH))
+        rank = 2 * RANK if options.get("rotating") else RANK
+        mixer = generator.standard_normal((rank,) if compat else (rank, WIDTH))
         band = generator.standard_normal((TAPS - 1, WIDTH))
         return (*tokens(generator, size), mixer, band, segments(generator, size))
 
@@ -319,6 +320,7 @@ LAYERS = (
     ar_ssm("compat", core="compat", gate_mode="ste"),
     ar_ssm("adaptive_step", adaptive_time_step=True, gate_mode="gumbel"),
     ar_ssm("no_decay", decays="none", min_rank=RANK),
+    ar_ssm("rotating", core="compat", rotating=True),
     bk("hermitian"),
     bk("hopping", hermitian=False, adaptive_hopping=True, base_decay=0.01),
     bk("constant_decay", adaptive_decay=False, include_gamma_in_h=False),

@@ -14,11 +14,12 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from parity_tests.harness import environment
-from parity_tests.nn.models import SMALL
+from parity_tests.nn.models import FIRST_SMALL, SMALL
 from so8t_jax.__main__ import main
-from so8t_jax.nn import phase2_config
 from so8t_jax.nn.checkpoint import convert, load_model
-from so8t_torch.models.configuration import Phase2Config
+from so8t_jax.nn.weights import load, tensors
+from so8t_torch.models.configuration import Phase1Config, Phase2Config
+from so8t_torch.models.phase1 import Phase1ForCausalLM
 from so8t_torch.models.phase2 import Phase2ForCausalLM
 
 TOKENS = 8
@@ -70,15 +71,6 @@ def test_the_command_carries_a_model_to_its_definition(tmp_path: Path) -> None:
         assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_halves_of_a_row_with_carried_state_are_the_row(folder: Path) -> None:
-    model = load_model(folder)
-    ids, places = jnp.arange(TOKENS) % SMALL["vocab_size"], jnp.arange(TOKENS)
-    whole, _ = model(ids)
-    first, state = model(ids[:4])
-    second, _ = model(ids[4:], state, places[4:])
-    assert jnp.array_equal(whole, jnp.concatenate([first, second]))
-
-
 def test_half_precision_crosses_as_it_is(tmp_path: Path) -> None:
     saved(tmp_path / "torch", dtype=torch.bfloat16, embedding="dense")
     convert(tmp_path / "torch", tmp_path / "flax", "flax")
@@ -90,11 +82,37 @@ def test_half_precision_crosses_as_it_is(tmp_path: Path) -> None:
     )
 
 
-def test_the_definition_has_the_fields_and_defaults_of_production() -> None:
-    production, ours = Phase2Config(), phase2_config.Phase2Config()
-    names = set(vars(ours))
-    assert names | set(phase2_config.RUNNING) == set(Phase2Config.settings())
-    assert {name: getattr(production, name) for name in names} == vars(ours)
+def first(**options: Any) -> Phase1ForCausalLM:
+    torch.manual_seed(4)
+    return Phase1ForCausalLM(Phase1Config(**FIRST_SMALL | options)).eval()
+
+
+def test_a_phase_1_model_crosses_with_the_settings_of_its_gates(tmp_path: Path) -> None:
+    model = first(ar_ssm_complex=True).double()
+    for block in model.model.layers:
+        block.mixer.update_rank_schedule(1, 3)
+        block.mixer.set_gate_mode("ste")
+    model.save_pretrained(tmp_path / "torch")
+    convert(tmp_path / "torch", tmp_path / "flax", "flax")
+    convert(tmp_path / "flax", tmp_path / "back", "torch")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("torch", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    definition = load_model(tmp_path / "flax")
+    mixers = [block.mixer for block in definition.model.layers]
+    assert [(mixer.gate_mode, mixer.active_rank) for mixer in mixers] == [("ste", 2)] * 2
+    ids, mask = np.arange(TOKENS) % SMALL["vocab_size"], np.arange(TOKENS) >= 3
+    loss = definition.model.aux_loss(jnp.asarray(ids), padding_mask=jnp.asarray(mask))
+    with torch.no_grad():
+        found = model(input_ids=torch.from_numpy(ids)[None], attention_mask=torch.from_numpy(mask)[None].long())
+    assert float(loss) == pytest.approx(float(found.aux_loss), rel=1e-12)
+
+
+def test_settings_that_a_gate_cannot_have_are_refused(tmp_path: Path) -> None:
+    first().save_pretrained(tmp_path / "torch")
+    bad = damaged(tmp_path / "torch", tmp_path / "bad", lambda t: t[next(k for k in t if "extra" in k)].fill_(9.0))
+    with pytest.raises(ValueError, match=r"expected a gate mode 0 … 2, .* got \[9.0, 9.0, 9.0\]"):
+        load_model(bad)
 
 
 def damaged(folder: Path, target: Path, change: Any) -> Path:
@@ -147,8 +165,6 @@ def test_a_folder_that_cannot_be_converted_is_named(folder: Path, tmp_path: Path
 
 
 def test_loading_leaves_the_module_that_gave_the_structure(folder: Path) -> None:
-    from so8t_jax.nn.weights import load, tensors
-
     model = load_model(folder)
     other = load(model, {name: value * 0 for name, value in tensors(model).items()})
     assert any(bool(value.any()) for value in tensors(model).values())

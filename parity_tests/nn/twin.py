@@ -77,7 +77,8 @@ def twin(
     count = len(next(iter(inputs.values()))(np.random.default_rng(0), sizes[0]))
     trained = [i for i, key in enumerate(drawn) if key in (only or parameters) and key not in frozen]
     modules = functools.cache(lambda dtype: _Called(layer(dtype), call).eval())
-    definitions = functools.cache(definition)
+    # the weights are arguments: only the structure is needed
+    definitions = functools.cache(lambda dtype: nnx.eval_shape(lambda: definition(dtype)))
 
     def production(*arguments: Any) -> Any:
         given = dict(zip(drawn, arguments[count:], strict=True))

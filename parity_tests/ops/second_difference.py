@@ -148,9 +148,7 @@ REJECTIONS = (
     Rejection(
         "unknown_norm", lambda: bad_batch(h=(2, 5, 3), mask=(2, 5)), ConfigError, "'mean' or 'sum'", {"norm": "max"}
     ),
-    Rejection(
-        "negative_delta", lambda: bad_batch(h=(2, 5, 3), mask=(2, 5)), ConfigError, "delta ≥ 0", {"delta": -1.0}
-    ),
+    Rejection("negative_delta", lambda: bad_batch(h=(2, 5, 3), mask=(2, 5)), ConfigError, "delta ≥ 0", {"delta": -1.0}),
     Rejection(
         "unknown_backend", lambda: bad_batch(h=(2, 5, 3), mask=(2, 5)), BackendError, "streamed", {"backend": "fast"}
     ),

@@ -194,9 +194,9 @@ def weights_law(f: Any, example: Example) -> np.ndarray:
     expected = [np.cos(half[signs.prod(0) == parity]).sum() for parity in (1.0, -1.0)]
     traces = [np.trace(found[0]), *(np.trace(spinor) for spinor in found[1:])]
     # Which spinor is even depends on the orientation of the angles, the pair of characters does not.
-    return np.asarray(
-        [traces[0] - 2.0 * np.cos(angles).sum(), *(np.sort(traces[1:]) - np.sort(expected))]
-    ) / max(1.0, np.abs(angles).max())
+    return np.asarray([traces[0] - 2.0 * np.cos(angles).sum(), *(np.sort(traces[1:]) - np.sort(expected))]) / max(
+        1.0, np.abs(angles).max()
+    )
 
 
 def form_law(f: Any, example: Example) -> np.ndarray:

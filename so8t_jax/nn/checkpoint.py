@@ -1,10 +1,11 @@
-"""Checkpoint folders of the Phase 2 model in production's layout and in that of Flax, read, written and converted.
+"""Checkpoint folders of the language models in production's layout and in that of Flax, read, written and converted.
 
     torch: config.json, model.safetensors (or shards with an index), names and orientation of production
     flax:  config.json, flax_model.safetensors, attributes joined by dots, kernels (inputs, outputs)
 
-Numbers cross unchanged, in the dtype that they are stored in. What is converted is checked first: every tensor that the
-configuration asks for is there, with its shape, and all are finite.
+Numbers cross unchanged, in the dtype that they are stored in, with the settings that Phase 1's mixers keep beside them.
+What is converted is checked first: every tensor that the configuration asks for is there, with its shape, and all are
+finite.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from so8t_jax.nn.language_model import RecurrentForCausalLM, RecurrentModel
+from so8t_jax.nn.phase1 import Phase1ForCausalLM, Phase1Model
+from so8t_jax.nn.phase1_config import Phase1Config
 from so8t_jax.nn.phase2 import Phase2ForCausalLM, Phase2Model
 from so8t_jax.nn.phase2_config import Phase2Config
+from so8t_jax.nn.semiseparable import AdaptiveRankSemiseparableLayer
 from so8t_jax.nn.weights import Place, load, mismatches, places
 
 __all__ = ["Layout", "convert", "load_model"]
@@ -33,9 +38,16 @@ FILES = {"torch": "model.safetensors", "flax": "flax_model.safetensors"}
 INDEX = "model.safetensors.index.json"
 FORMATS = {"torch": "pt", "flax": "flax"}
 """What the library of safetensors files calls the two."""
+MODELS: dict[str, tuple[Any, type[RecurrentModel], type[RecurrentForCausalLM]]] = {
+    "so8t_phase1": (Phase1Config, Phase1Model, Phase1ForCausalLM),
+    "so8t_phase2": (Phase2Config, Phase2Model, Phase2ForCausalLM),
+}
+Model = RecurrentForCausalLM | RecurrentModel
+SETTINGS = "_extra_state"
+"""What a tensor is called that holds settings of a layer, and no weights."""
 
 
-def load_model(folder: str | Path) -> Phase2ForCausalLM | Phase2Model:
+def load_model(folder: str | Path) -> Model:
     """Return the model of a checkpoint folder of either layout; the body alone for an encoder.
 
     Args:
@@ -46,8 +58,12 @@ def load_model(folder: str | Path) -> Phase2ForCausalLM | Phase2Model:
     """
     tree, layout = _described(Path(folder))
     found = _read(Path(folder), layout, _blank(tree)[1])
+    settings = {name: found.pop(name) for name in [*found] if name.endswith(SETTINGS)}
     floating = next(value.dtype for value in found.values() if not np.issubdtype(value.dtype, np.integer))
-    return load(_blank(tree, floating)[0], found)
+    model = load(_blank(tree, floating)[0], found)
+    for name, layer in _set_layers(model).items():
+        layer.set_extra_state(settings[name])
+    return model
 
 
 def convert(source: str | Path, output: str | Path, to: Layout) -> int:
@@ -111,14 +127,28 @@ def _json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _blank(
-    tree: Mapping[str, Any], dtype: jnp.dtype = jnp.float32
-) -> tuple[Phase2ForCausalLM | Phase2Model, dict[str, Place]]:
+def _blank(tree: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> tuple[Model, dict[str, Place]]:
     """Return a model without numbers, and where its tensors belong."""
-    config = Phase2Config.from_dict(tree)
-    kind: type[Phase2ForCausalLM] | type[Phase2Model] = Phase2Model if config.is_encoder else Phase2ForCausalLM
-    model = nnx.eval_shape(lambda: kind(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    return model, places(model)
+    kind = tree.get("model_type", "so8t_phase2")
+    if kind not in MODELS:
+        raise ValueError(f"expected the configuration of a model {' or '.join(map(repr, MODELS))}, got {kind!r}")
+    config_class, body, whole = MODELS[kind]
+    config = config_class.from_dict(tree)
+    chosen: Any = body if getattr(config, "is_encoder", False) else whole
+    model = nnx.eval_shape(lambda: chosen(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    numbers = {
+        name: Place(tuple(name.split(".")), False, (3,), np.dtype(np.float64), False) for name in _set_layers(model)
+    }
+    return model, places(model) | numbers
+
+
+def _set_layers(model: Model) -> dict[str, AdaptiveRankSemiseparableLayer]:
+    """Return the layers that keep settings beside their weights, by the name of those."""
+    return {
+        ".".join(map(str, (*path, SETTINGS))): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, AdaptiveRankSemiseparableLayer)
+    }
 
 
 def _read(folder: Path, layout: Layout, wanted: Mapping[str, Place]) -> dict[str, np.ndarray]:

@@ -7,36 +7,33 @@
 Symbols: ids (T,) of one row; a token at position 0 begins a document, and nothing crosses into it. A state has a fixed
 size: chain (C, 2), conv (taps − 1, D), memory (H, K, V), excess (H, 2), shift (C,), as far as a block has them.
 Everything is what one token makes of the state that the token before left, so a row is a scan and pieces of a row are
-the row. Dropout is no part of the definition.
+the row; padding leaves the state as it is. Dropout is no part of the definition.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from so8t_jax.nn.dissipative_bk import DissipativeBKLayer
 from so8t_jax.nn.hebbian import DissipativeHebbianLayer
+from so8t_jax.nn.language_model import RecurrentForCausalLM, RecurrentModel, State
 from so8t_jax.nn.layer_norm import LayerNorm
 from so8t_jax.nn.memory_resonance import MemoryResonanceLayer
 from so8t_jax.nn.modulated_memory import MemoryState, ModulatedMemory, Selection
 from so8t_jax.nn.phase2_config import Phase2Config
 from so8t_jax.nn.short_convolution import ShortConvolution
-from so8t_jax.nn.tensor_train_embedding import HolographicTTEmbedding
-from so8t_jax.nn.zeta_embedding import ZetaEmbedding
 from so8t_jax.ops import zeta
 
 __all__ = ["Phase2Block", "Phase2ForCausalLM", "Phase2Model"]
 
 SLOWEST_DECAY = 1e-4
 """Least decay rate of the memory per token."""
-State = dict[str, Array]
 
 
 class Phase2Block(nnx.Module):
@@ -50,7 +47,8 @@ class Phase2Block(nnx.Module):
 
     def __init__(self, config: Phase2Config, *, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, self.channels = config, config.bk_channels or config.num_heads
-        width, inner, outward = config.d_model, config.ffn_dim or 4 * config.d_model, (2 * config.n_layers) ** -0.5
+        width, inner = config.d_model, config.ffn_dim or 4 * config.d_model
+        outward = config.initializer_range * (2 * config.n_layers) ** -0.5
         norm = partial(LayerNorm, width, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
         linear = partial(_linear, zeta_spectrum=config.use_zeta_init, param_dtype=param_dtype, rngs=rngs)
         self.bk_norm, self.ffn_norm = norm(), norm()
@@ -103,28 +101,35 @@ class Phase2Block(nnx.Module):
         return {name: jnp.zeros(size, dtype) for name, size in sizes.items()}
 
     def __call__(
-        self, x: Float[Array, "t d"], state: State | None, positions: Int[Array, " t"]
-    ) -> tuple[Float[Array, "t d"], State]:
-        """Return the tokens, and the state after them.
+        self,
+        x: Float[Array, "t d"],
+        state: State | None,
+        positions: Int[Array, " t"],
+        padding_mask: Bool[Array, " t"] | None = None,
+    ) -> tuple[Float[Array, "t d"], State, float]:
+        """Return the tokens, the state after them, and what is added to a loss: nothing.
 
         Args:
             x: activations.
             state: what the block returned for the tokens before; none at the beginning.
             positions: of each token in its document.
+            padding_mask: False where a token is padding; where later tokens enter, before or after all others.
 
         Raises:
             ValueError: a state, or a feedback, where later tokens enter.
         """
         start = self.initial_state(x.dtype) if state is None else state
+        real = jnp.ones(len(x), bool) if padding_mask is None else padding_mask
         if self.config.bk_mode == "full":
             if state is not None or self.config.feedback_enabled:
                 raise ValueError("expected no state and no feedback with bk_mode 'full', which reads the whole row")
-            mixed = self.bk(self.bk_norm(x), None, jnp.cumsum(positions == 0))
+            documents = jnp.where(real, jnp.cumsum(real & (positions == 0)), -1)
+            mixed = self.bk(self.bk_norm(x), None, documents)
             x, rates = x + self.bk_out(mixed.features), mixed.potential.memory_gamma
-            last, x = _scanned(self._remember, start, (x, rates, positions))
+            last, x = _scanned(self._remember, start, real, (x, rates, positions))
         else:
-            last, x = _scanned(self._mix, start, (x, positions))
-        return x + self.ffn(self.ffn_norm(x)), last
+            last, x = _scanned(self._mix, start, real, (x, positions))
+        return x + self.ffn(self.ffn_norm(x)), last, 0.0
 
     def _mix(self, state: State, x: Array, position: Array) -> tuple[State, Array]:
         """Return the state after a token, and the token after both mixers."""
@@ -158,94 +163,29 @@ class Phase2Block(nnx.Module):
         return state, x + read
 
 
-class Phase2Model(nnx.Module):
-    """Embedding, blocks and a last norm.
+class Phase2Model(RecurrentModel):
+    """Embedding, blocks and a last norm."""
 
-    Args:
-        config: of the model.
-        param_dtype: of the parameters.
-        rngs: source of the initial weights.
-    """
-
-    def __init__(self, config: Phase2Config, *, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
-        self.config = config
-        self.embed_tokens = _token_embedding(config, param_dtype, rngs)
-        self.embed_positions = nnx.data(None)
-        if config.position_embedding == "zeta":
-            scale = config.position_scale * math.sqrt(2.0) * config.initializer_range
-            trained = config.zeta_embedding_trainable
-            self.embed_positions = ZetaEmbedding(config.n_seq, config.d_model, trained, scale, param_dtype=param_dtype)
-        self.layers = nnx.List(
-            [Phase2Block(config, param_dtype=param_dtype, rngs=rngs) for _ in range(config.n_layers)]
-        )
-        self.norm = LayerNorm(config.d_model, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
-
-    def __call__(
-        self,
-        ids: Int[Array, " t"],
-        state: list[State] | None = None,
-        positions: Int[Array, " t"] | None = None,
-    ) -> tuple[Float[Array, "t d"], list[State]]:
-        """Return hidden states, and the state of every block after the last token.
-
-        Args:
-            ids: of the tokens.
-            state: what the call on the tokens before returned; none at the beginning.
-            positions: of each token in its document; 0, 1, 2, … without.
-        """
-        positions = jnp.arange(len(ids)) if positions is None else positions
-        dense = isinstance(self.embed_tokens, nnx.Embed)
-        x = self.embed_tokens.embedding[...][ids] if dense else self.embed_tokens(ids)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions).astype(x.dtype)
-        last = []
-        for number, block in enumerate(self.layers):
-            x, after = block(x, None if state is None else state[number], positions)
-            last.append(after)
-        return self.norm(x), last
+    block_class = Phase2Block
 
 
-class Phase2ForCausalLM(nnx.Module):
-    """The language model.
+class Phase2ForCausalLM(RecurrentForCausalLM):
+    """The language model."""
 
-    Args:
-        config: of the model.
-        param_dtype: of the parameters.
-        rngs: source of the initial weights.
-    """
-
-    def __init__(self, config: Phase2Config, *, param_dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
-        self.config = config
-        self.model = Phase2Model(config, param_dtype=param_dtype, rngs=rngs)
-        self.lm_head = nnx.data(None)
-        if not config.tie_word_embeddings:
-            initial = nnx.initializers.normal(config.initializer_range)
-            kind = {"use_bias": False, "kernel_init": initial, "param_dtype": param_dtype}
-            self.lm_head = nnx.Linear(config.d_model, config.vocab_size, **kind, rngs=rngs)
-
-    def __call__(
-        self,
-        ids: Int[Array, " t"],
-        state: list[State] | None = None,
-        positions: Int[Array, " t"] | None = None,
-    ) -> tuple[Float[Array, "t v"], list[State]]:
-        """Return the logits of the next tokens, and the state of every block after the last token.
-
-        Args:
-            ids: of the tokens.
-            state: as for ``Phase2Model``.
-            positions: as for ``Phase2Model``.
-        """
-        hidden, last = self.model(ids, state, positions)
-        if self.lm_head is not None:
-            return self.lm_head(hidden), last
-        table = self.model.embed_tokens
-        return (hidden @ table.embedding[...].T if isinstance(table, nnx.Embed) else table.logits(hidden)), last
+    body_class = Phase2Model
 
 
-def _scanned(step: Callable[..., tuple[State, Array]], state: State, rows: tuple[Array, ...]) -> tuple[State, Array]:
+def _scanned(
+    step: Callable[..., tuple[State, Array]], state: State, real: Array, rows: tuple[Array, ...]
+) -> tuple[State, Array]:
     """Return the state after the last token, and what each token became."""
-    return jax.lax.scan(lambda before, token: step(before, *token), state, rows)
+
+    def masked(before: State, token: tuple[Array, ...]) -> tuple[State, Array]:
+        counts, *inputs = token
+        after, x = step(before, *inputs)
+        return {name: jnp.where(counts, after[name], value) for name, value in before.items()}, x
+
+    return jax.lax.scan(masked, state, (real, *rows))
 
 
 def _as_it_is(x: Array) -> Array:
@@ -294,26 +234,6 @@ def _memory(config: Phase2Config, channels: int, param_dtype: jnp.dtype, rngs: n
         MemoryResonanceLayer(*sizes, param_dtype=param_dtype) if config.resonance_enabled else None,
         chunk=config.memory_chunk,
         adaptive_time_step=config.adaptive_time_step,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
-
-
-def _token_embedding(config: Phase2Config, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
-    """Return the embedding that the configuration names."""
-    if config.embedding == "dense":
-        initial = nnx.initializers.normal(config.initializer_range)
-        return nnx.Embed(config.vocab_size, config.d_model, embedding_init=initial, param_dtype=param_dtype, rngs=rngs)
-    whole = config.embedding == "complex_tt"
-    return HolographicTTEmbedding(
-        config.vocab_size,
-        config.d_model // 2 if whole else config.d_model,
-        config.htt_rank,
-        config.htt_num_cores,
-        config.htt_phase_encoding,
-        init_scale=config.initializer_range,
-        complex_cores=whole,
-        emit="pair" if whole else "real",
         param_dtype=param_dtype,
         rngs=rngs,
     )

@@ -5,34 +5,19 @@ What a field does is said in so8t_torch/models/configuration.py and in the layer
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-__all__ = ["RUNNING", "Phase2Config"]
+from so8t_jax.nn.model_config import ModelConfig
 
-RUNNING = ("backend", "bos_token_id", "dropout", "eos_token_id", "pad_token_id", "use_cache")
-"""Fields of production that change how a model runs, trains or generates, and not what it computes."""
-LIBRARY = (
-    *(
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "is_encoder_decoder",
-    ),
-    *("label2id", "layer_types", "model_type", "output_attentions", "output_hidden_states", "problem_type"),
-    *("return_dict", "tokenizer_class", "torch_dtype", "transformers_version"),
-)
-"""Keys that transformers writes beside the fields."""
+__all__ = ["Phase2Config"]
 
 
 @dataclass(frozen=True)
-class Phase2Config:
+class Phase2Config(ModelConfig):
     """Fields of the model; see the configuration of production for what each of them does."""
+
+    model_type = "so8t_phase2"
 
     vocab_size: int = 50257
     d_model: int = 512
@@ -74,22 +59,3 @@ class Phase2Config:
     feedback_enabled: bool = False
     use_zeta_init: bool = True
     embedding: Literal["dense", "tt", "complex_tt"] = "dense"
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Phase2Config:
-        """Return the configuration that a ``config.json`` holds.
-
-        Args:
-            tree: its content.
-
-        Raises:
-            ValueError: it is of another model, or has a key that is no field here.
-        """
-        kind = tree.get("model_type", "so8t_phase2")
-        if kind != "so8t_phase2":
-            raise ValueError(f"expected the configuration of a model 'so8t_phase2', got {kind!r}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(tree.keys() - names - {*RUNNING, *LIBRARY})
-        if unknown:
-            raise ValueError(f"the definition of the Phase 2 model has no field {', '.join(unknown)}")
-        return cls(**{name: value for name, value in tree.items() if name in names})
