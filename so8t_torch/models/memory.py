@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
+from so8t_torch.models.head_loss import CHUNK_ELEMENTS
 from so8t_torch.models.phase1 import Phase1ForCausalLM
 from so8t_torch.models.phase2 import Phase2ForCausalLM, Phase2Model
 
@@ -41,7 +42,8 @@ class MemoryEstimate:
         gradients: one for each parameter.
         optimiser: what it keeps for each parameter.
         activations: kept for the backward pass, without logits.
-        logits: and what their loss keeps.
+        logits: those of a chunk, and the gradient of what they are made of; the loss alone (``skip_logits``) stores no
+            more. A call that returns logits holds them all, twice in float32.
         decode_state: of one row while decoding, whatever its length.
     """
 
@@ -109,7 +111,7 @@ def estimate_memory(
         gradients=count * dtype.itemsize,
         optimiser=count * optimiser_bytes,
         activations=tokens * (per_token + 3 * kept),
-        logits=tokens * _logit_bytes(model, config, autocast or dtype),
+        logits=_logit_bytes(model, config, tokens, autocast or dtype),
         decode_state=sum(s.numel() * s.element_size() for state in states for s in state) + 8,
     )
 
@@ -168,8 +170,10 @@ def _block_bytes(
             return kept_bytes(block, lambda: block(x, None, positions=positions))
 
 
-def _logit_bytes(model: nn.Module, config: Phase1Config | Phase2Config, dtype: torch.dtype) -> int:
-    """Return bytes for each token: logits, in float32 for the loss, and their normed logarithms; none of a train."""
+def _logit_bytes(model: nn.Module, config: Phase1Config | Phase2Config, tokens: int, dtype: torch.dtype) -> int:
+    """Return what the loss alone needs: a chunk's logits and their slope, and that of all tokens; none of a train."""
     if getattr(model, "lm_head", None) is None:
         return 0
-    return config.vocab_size * (4 + 4 + (dtype.itemsize if dtype.itemsize < 4 else 0))
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // config.vocab_size))
+    narrow = dtype.itemsize if dtype.itemsize < 4 else 0
+    return chunk * config.vocab_size * (4 + narrow) + tokens * config.d_model * dtype.itemsize

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from so8t_torch.core.errors import ConfigError
+from so8t_torch.models import head_loss, memory
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
 from so8t_torch.models.factory import create_phase1_model, create_phase2_model
 from so8t_torch.models.memory import estimate_memory, kept_bytes
@@ -35,13 +37,39 @@ def test_parameters_and_states_are_counted(create, config):
 def test_activations_are_near_what_a_model_keeps(create, config, again):
     model, ids = create(config, seed=0).train(), torch.zeros(2, 128, dtype=torch.int64)
     found = estimate_memory(config, batch_size=2, gradient_checkpointing=again)
-    estimated = found.activations + found.logits
+    estimated = found.activations
     if again:
         model.gradient_checkpointing_enable()
         # the block that is computed again holds its share in the backward pass, not here
         estimated -= estimate_memory(config, batch_size=2).activations // config.n_layers
     kept = kept_bytes(model, lambda: model(ids, labels=ids, skip_logits=True))
     assert estimated == pytest.approx(kept, rel=0.1 if not again else 0.35)
+
+
+class Widest(TorchDispatchMode):
+    """Keeps the bytes of the largest tensor whose rows are as long as the vocabulary."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.bytes = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == self.vocabulary:
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("length", [64, 400])
+def test_the_loss_alone_holds_logits_of_a_chunk(length, monkeypatch):
+    for module in (head_loss, memory):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300 * 120)
+    create, config = CASES["phase 2"]
+    model, ids = create(config, seed=0).train(), torch.zeros(1, length, dtype=torch.int64)
+    with Widest(120) as widest:
+        model(ids, labels=ids, skip_logits=True)
+    assert estimate_memory(config, length=length).logits == widest.bytes + length * config.d_model * 4
 
 
 def test_more_rows_need_more_and_half_precision_less():
