@@ -103,10 +103,13 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         multiple = args[0] if args else kwargs.get("pad_to_multiple_of")
         if new_num_tokens in (None, train.vocab_size) and train.vocab_size % (multiple or 1) == 0:
             return train
+        table = "embedding='dense'" if "embedding" in self.config.settings() else "htt_enabled=False, htt_complex=False"
         raise ConfigError(
             f"resize_token_embeddings: the embedding is a tensor train, whose factors {train.vocab_factors} belong to "
             f"its {train.vocab_size:,} ids; it has no rows to add or to take away. Create a model with the vocab_size "
-            "wanted, or convert this one to a table first (convert_phase1_to_phase2 with embedding='dense')."
+            f"wanted, or one with a table, which can be resized: its configuration is config.replace({table}), "
+            "load_state_dict(strict=False) takes over the other weights, and get_input_embeddings().dense_table() gives "
+            "its rows (of complex cores: real parts, then imaginary parts)."
         )
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
