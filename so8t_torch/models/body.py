@@ -2,7 +2,8 @@
 
 A block is called as ``block(x, state, padding_mask=, segment_ids=, positions=, diagnostics=) -> (x, state, found)``;
 ``block.initial_state`` gives the state before the first token, zeros, ``block.state_names`` the order of its tensors,
-and ``block.token_diagnostics`` which entries of ``found`` have an axis of tokens with ``"full"``.
+and ``block.token_diagnostics`` which entries of ``found`` have an axis of tokens with ``"full"``. What else all blocks
+of a model take, made once for a call, is named by ``_shared``.
 ``found["aux_loss"]`` is a scalar with gradient that is added to the loss; everything else in it is detached.
 No module keeps a state: it goes in and out through ``past_key_values``.
 """
@@ -103,10 +104,13 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         multiple = args[0] if args else kwargs.get("pad_to_multiple_of")
         if new_num_tokens in (None, train.vocab_size) and train.vocab_size % (multiple or 1) == 0:
             return train
+        table = "embedding='dense'" if "embedding" in self.config.settings() else "htt_enabled=False, htt_complex=False"
         raise ConfigError(
             f"resize_token_embeddings: the embedding is a tensor train, whose factors {train.vocab_factors} belong to "
             f"its {train.vocab_size:,} ids; it has no rows to add or to take away. Create a model with the vocab_size "
-            "wanted, or convert this one to a table first (convert_phase1_to_phase2 with embedding='dense')."
+            f"wanted, or one with a table, which can be resized: its configuration is config.replace({table}), "
+            "load_state_dict(strict=False) takes over the other weights, and get_input_embeddings().dense_table() gives "
+            "its rows (of complex cores: real parts, then imaginary parts)."
         )
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
@@ -208,14 +212,16 @@ class RecurrentModel(RecurrentPreTrainedModel):
         use_cache = bool((self.config.use_cache and not self.training) if use_cache is None else use_cache)
         use_cache = use_cache and not _reads_ahead(self.config)
         cache = RecurrentCache(self.config) if use_cache and past_key_values is None else past_key_values
+        entering = None if cache is None else read_positions(cache, sizes[0])
         rows = lay_out(
             sizes,
             device,
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             position_ids=position_ids,
-            entering=None if cache is None else read_positions(cache, sizes[0]),
+            entering=entering,
         )
+        shared = self._shared(rows, fresh=entering is None)
         x = self._embedded(input_ids, inputs_embeds, rows)
         stream, findings = [], []
         blocks: list[Any] = list(self.layers)
@@ -229,6 +235,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 segment_ids=rows.documents,
                 positions=rows.positions,
                 diagnostics=diagnostics,
+                **shared,
             )
             findings.append(found)
             if use_cache and cache is not None:
@@ -249,6 +256,10 @@ class RecurrentModel(RecurrentPreTrainedModel):
             diagnostics=report,
             aux_loss=torch.stack(aux).sum() if aux else None,
         )
+
+    def _shared(self, rows: Rows, *, fresh: bool) -> dict[str, Any]:  # noqa: ARG002 - for models that do
+        """Return what else all blocks take; ``fresh`` where no row has tokens of an earlier call."""
+        return {}
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, rows: Rows) -> Tensor:
         """Return the vectors of tokens in their places, zeros for padding."""

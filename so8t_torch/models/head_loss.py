@@ -30,6 +30,8 @@ CHUNK_ELEMENTS = 1 << 24
 def is_plain(head: nn.Module, hidden: Tensor) -> bool:
     """Return whether a head is a linear map and nothing else: not quantised, adapted, in shards, traced or watched.
 
+    Nor in float16: a scale of the loss that keeps small gradients would come after G had lost them.
+
     Args:
         head: module from hidden states to logits.
         hidden: what it is given.
@@ -37,8 +39,9 @@ def is_plain(head: nn.Module, hidden: Tensor) -> bool:
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
         return False
     watched = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    narrow = (autocast_dtype(hidden) or hidden.dtype) == torch.float16
     traced = torch.compiler.is_compiling() or forward_mode.reasons(hidden, head.weight)
-    return not (watched or traced or "forward" in vars(head))
+    return not (narrow or watched or traced or "forward" in vars(head))
 
 
 def head_loss(

@@ -3,7 +3,8 @@
     loss = mean over labels t of log Σ_i exp(logits_i) − logits_t,  plus what the blocks add
 
 The head is a linear layer of its own, the transpose of the table, or the transpose of a tensor train. The loss alone
-stores no logits.
+stores a chunk of logits at a time, or none of a tensor train; it stores them all where the head is compiled, works in
+float16, or is more than a linear map without bias: quantised, adapted, hooked, in shards.
 """
 
 from __future__ import annotations
@@ -111,12 +112,14 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             output_hidden_states: see there.
             logits_to_keep: how many of the last columns get logits, 0 for all, or which columns.
             diagnostics: see there.
-            skip_logits: leave logits out: the loss then never stores them all.
+            skip_logits: leave logits out: the loss of a plain head (``head_loss.is_plain``) then never stores them all.
             num_items_in_batch: labels that count in all parts of a batch; by default those of this call.
             **kwargs: see there.
 
         Raises:
             ConfigError, ShapeError, DomainError: as the body, or labels that do not fit.
+            TrainingError: from the backward pass of a plain head with ``skip_logits``, if it is a second one or builds
+                a graph of its own (``create_graph``).
         """
         if labels is not None and use_cache is None:
             use_cache = False

@@ -43,7 +43,7 @@ class MemoryEstimate:
         optimiser: what it keeps for each parameter.
         activations: kept for the backward pass, without logits.
         logits: those of a chunk, and the gradient of what they are made of; the loss alone (``skip_logits``) stores no
-            more. A call that returns logits holds them all, twice in float32.
+            more. A call that returns logits holds them all, twice in float32; float16 does so without them, too.
         decode_state: of one row while decoding, whatever its length.
     """
 
@@ -174,6 +174,8 @@ def _logit_bytes(model: nn.Module, config: Phase1Config | Phase2Config, tokens: 
     """Return what the loss alone needs: a chunk's logits and their slope, and that of all tokens; none of a train."""
     if getattr(model, "lm_head", None) is None:
         return 0
+    if dtype == torch.float16:
+        return tokens * config.vocab_size * (2 + 4 + 4)
     chunk = min(tokens, max(1, CHUNK_ELEMENTS // config.vocab_size))
     narrow = dtype.itemsize if dtype.itemsize < 4 else 0
     return chunk * config.vocab_size * (4 + narrow) + tokens * config.d_model * dtype.itemsize

@@ -28,6 +28,7 @@ from so8t_torch.models.phase2_report import (
     memory_findings,
     resolvent_findings,
 )
+from so8t_torch.models.rows import Rows
 from so8t_torch.models.states import check_shapes
 from so8t_torch.nn.dissipative_bk import DissipativeBKLayer
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
@@ -136,6 +137,7 @@ class Phase2Block(GradientCheckpointingLayer):
         padding_mask: Bool[Tensor, "b n"] | None = None,
         segment_ids: Int[Tensor, "b n"] | None = None,
         positions: Int[Tensor, "b n"],
+        marks: Marks | None = None,
         diagnostics: str | None = None,
     ) -> tuple[Float[Tensor, "b n d"], State, dict[str, Any]]:
         """Return the tokens, the state after them, and what was found.
@@ -146,10 +148,11 @@ class Phase2Block(GradientCheckpointingLayer):
             padding_mask: False where a token is padding, behind the others of its row.
             segment_ids: number of the document of each token, that of the token before for padding.
             positions: of each token in its document.
+            marks: where documents and chunks begin, as all blocks have them; made of the arguments before without.
             diagnostics: ``"summary"`` or ``"full"`` for the second half of what is returned.
         """
-        chunk = self.config.memory_chunk
-        marks = mark(positions, chunk, real=padding_mask, documents=segment_ids, fresh=state is None)
+        if marks is None:
+            marks = _marks(self.config, positions, padding_mask, segment_ids, fresh=state is None)
         if state is None:
             state = self.initial_state(len(x), x.device, self.bk_out.weight.dtype)
         else:
@@ -224,7 +227,7 @@ class Phase2Block(GradientCheckpointingLayer):
         assert self.memory is not None
         if marks.lead is not None:
             shift = state["shift"]
-            if marks.may_turn():
+            if marks.turning:
                 entered = self.memory.judge(state["memory"]).weights
                 shift = torch.where(marks.turns[:, :1], self.memory.hebbian.potential_feedback(entered), shift)
             return shift[:, None], shift
@@ -276,6 +279,15 @@ def _emptied(state: Tensor, rows: Tensor) -> Tensor:
     return torch.where(rows.reshape(-1, *(1,) * (state.ndim - 1)), 0.0, state)
 
 
+def _marks(
+    config: Phase2Config, positions: Tensor, real: Tensor | None, documents: Tensor | None, *, fresh: bool
+) -> Marks:
+    """Return where documents and chunks begin; where nothing is done at chunks, nobody waits to know."""
+    judging = config.snr_enabled or config.resonance_enabled or config.feedback_enabled
+    looking = config.hebbian_enabled and judging
+    return mark(positions, config.memory_chunk, real=real, documents=documents, fresh=fresh, looking=looking)
+
+
 def _memory(config: Phase2Config, channels: int) -> ModulatedMemory:
     """Return the memory of a block."""
     hebbian = DissipativeHebbianLayer(
@@ -314,6 +326,10 @@ class Phase2Model(RecurrentModel):
     }
     _no_split_modules = ("Phase2Block",)
     kept_maps = KEPT_MAPS
+
+    def _shared(self, rows: Rows, *, fresh: bool) -> dict[str, Any]:
+        """Return the marks of the call, which are read once."""
+        return {"marks": _marks(self.config, rows.positions, rows.real, rows.documents, fresh=fresh)}
 
 
 class Phase2ForCausalLM(RecurrentForCausalLM):

@@ -4,6 +4,8 @@
     position of a token = tokens of its document before it, those of earlier calls included
 
 So that a block meets padding at the end of a row alone, and a row that is padded on the left runs like one that is not.
+Masks and beginnings of documents are looked at, which waits for a device, so that rows without padding or without a
+second document take the short way. Compiled and captured graphs cannot look, and take the long one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from so8t_torch.core.errors import DomainError, ShapeError
+from so8t_torch.core.readable import readable
 
 __all__ = ["Rows", "lay_out"]
 
@@ -151,8 +154,8 @@ def _document_starts(numbers: Tensor, mask: Tensor | None, order: Tensor | None)
 
 
 def _none(marks: Tensor) -> bool:
-    """Return whether no mark is set; where there are no values yet, that one may be."""
-    return not (torch.compiler.is_compiling() or marks.is_meta) and not bool(marks.any())
+    """Return whether no mark is set, which a device is waited for; where there are no values yet, that one may be."""
+    return readable(marks, waiting=True) and not bool(marks.any())
 
 
 def _taken(x: Tensor, index: Tensor | None) -> Tensor:

@@ -10,8 +10,9 @@ depends on the tokens before it alone. A piece of a call may begin anywhere insi
 carried, and are zero where a document begins.
 Cost: the recurrence in runs of up to C tokens that end where a chunk does, and one judgement per chunk. Where chunks of
 rows end at different tokens, which packed documents or unequal rows make them do, runs go through the recurrence twice.
-A call that brings no state waits for no device. One that brings a state reads where its rows stand, once, so that a
-token that comes alone is judged only where a chunk begins; compiled and captured graphs cannot, and judge every token.
+Marks of rows that begin with the call wait for no device. Those of others are read, once for all memories that take
+them, so that a token that comes alone is judged only where a chunk begins; compiled and captured graphs cannot read,
+and judge every token that comes alone.
 Layers: so8t_torch/nn/hebbian.py, memory_selection.py, memory_resonance.py. Derivation: docs/math/hebbian.md.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from so8t_torch.core.precision import accumulation_dtype, without_autocast
+from so8t_torch.core.readable import readable
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer, Tokens
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
@@ -60,7 +62,7 @@ class Marks(NamedTuple):
         documents: number of the document of each token (B, N); nothing where none begins inside the call.
         lead: tokens before the first that may begin a chunk, the same in all rows; nothing where that is unknown or
             rows differ.
-        turning: whether the first token may begin a chunk that is not a document's first; nothing where its mark says.
+        turning: whether the first token of a row may begin a chunk that is not a document's first.
     """
 
     starts: Bool[Tensor, "b n"]
@@ -68,7 +70,7 @@ class Marks(NamedTuple):
     real: Bool[Tensor, "b n"] | None
     documents: Int[Tensor, "b n"] | None
     lead: int | None
-    turning: bool | None
+    turning: bool
 
     def runs(self, chunk: int) -> list[slice]:
         """Return runs of up to C tokens: from boundary to boundary where those are known."""
@@ -80,15 +82,8 @@ class Marks(NamedTuple):
         """Return the marks of the tokens of a run."""
         real, documents = (None if part is None else part[:, places] for part in (self.real, self.documents))
         lead = None if self.lead is None else 0
-        turning = self.turning if places.start == 0 else True
+        turning = self.turning or places.start > 0
         return Marks(self.starts[:, places], self.turns[:, places], real, documents, lead, turning)
-
-    def may_turn(self) -> bool:
-        """Return whether a row may begin a chunk with the first token."""
-        if self.turning is not None:
-            return self.turning
-        turns = self.turns[:, 0]
-        return not _readable(turns) or bool(turns.any())
 
     def before_turns(self) -> Marks:
         """Return the marks with all tokens from the first turn on as padding."""
@@ -105,6 +100,7 @@ def mark(
     real: Bool[Tensor, "b n"] | None = None,
     documents: Int[Tensor, "b n"] | None = None,
     fresh: bool = False,
+    looking: bool = True,
 ) -> Marks:
     """Return where documents and chunks begin.
 
@@ -114,19 +110,18 @@ def mark(
         real: False where a token is padding.
         documents: number of each token's document, that of the token before for padding.
         fresh: whether all rows begin with the call.
+        looking: whether it is worth a wait to know which places of a chunk the rows begin at, if they are not fresh.
     """
     starts, turns = positions == 0, (positions > 0) & (positions % chunk == 0)
     if real is not None:
         starts, turns = starts & real, turns & real
-    lead, turning = None, None
-    if positions.shape[1] == 1:
-        lead = 0
-    elif documents is None and fresh:
-        lead, turning = 0, False
-    elif documents is None and _readable(positions):
-        behind = set((positions[:, 0] % chunk).tolist())
-        lead = -behind.pop() % chunk if len(behind) == 1 else None
-        turning = False if lead else None
+    single = positions.shape[1] == 1
+    lead, turning = 0 if single or (fresh and documents is None) else None, not fresh
+    if looking and not fresh and (single or documents is None) and readable(positions, waiting=True):
+        behind, first = torch.stack([positions[:, 0] % chunk, turns[:, 0]]).tolist()
+        if len(set(behind)) == 1 and not single:
+            lead = -behind[0] % chunk
+        turning = any(first)
     return Marks(starts, turns, real, documents, lead, turning)
 
 
@@ -234,7 +229,7 @@ class ModulatedMemory(nn.Module):
 
     def _aligned_run(self, tokens: Tokens, state: MemoryState, marks: Marks, monitored: bool) -> _Run:
         """Run tokens of one chunk: the rows that turn do so at the first."""
-        if marks.may_turn():
+        if marks.turning:
             state = _chosen(marks.turns[:, 0], self.judge(state.weights), state)
         worked, weights = self._recur(_modulated(tokens, state.excess[:, None]), state.weights, None, monitored)
         return worked, state._replace(weights=weights)
@@ -318,11 +313,4 @@ def _joined(parts: Any) -> Tensor:
 
 def may_be_set(marks: Tensor) -> bool:
     """Return whether a mark of a run is set; off the CPU, where a wait in every run costs too much, that one may be."""
-    return marks.device.type != "cpu" or not _readable(marks) or bool(marks.any())
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Return whether the host can read values, waiting for a device if need be: not in compiled or captured graphs."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
-        return False
-    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not readable(marks) or bool(marks.any())

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -106,7 +105,7 @@ def make_model(section: ModelSection, tokenizer: PreTrainedTokenizerFast, length
         CheckpointError: weights of a saved model that are damaged, incomplete or not finite.
     """
     settings = configuration(section, len(tokenizer), length)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in continuing.IDS:
         if section.init_from is None or getattr(settings, name) is None:
             setattr(settings, name, tokenizer.eos_token_id)
     if section.init_from is not None:
@@ -177,10 +176,10 @@ def _check_peer(section: ModelSection) -> None:
 
 def _peer(section: ModelSection, fields: Mapping[str, Any]) -> PreTrainedConfig:
     kind = _PEERS[section.kind]
-    try:
-        return kind(**fields)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConfigError(f"model.fields: {kind.__name__} refuses them ({error!s:.400}).") from error
+    with continuing.converted(f"model.fields: {kind.__name__} refuses them"):
+        settings = kind(**fields)
+    continuing.check_buildable(section, settings)
+    return settings
 
 
 def baselines(text: Text) -> dict[str, float]:

@@ -91,6 +91,11 @@ def test_a_head_that_is_more_than_a_linear_map_is_called():
     replaced = nn.Linear(6, 11, bias=False)
     replaced.forward = lambda x: x
     assert not is_plain(replaced, hidden)
+    assert not is_plain(nn.Linear(6, 11, bias=False), hidden.half())
+    assert is_plain(nn.Linear(6, 11, bias=False), hidden.bfloat16())
+    for dtype, plain in ((torch.float16, False), (torch.bfloat16, True)):
+        with torch.autocast("cpu", dtype=dtype):
+            assert is_plain(nn.Linear(6, 11, bias=False), hidden) is plain
     seen = []
     torch.func.grad(lambda x: seen.append(is_plain(nn.Linear(6, 11, bias=False), x)) or x.sum())(hidden)
     assert seen == [False]

@@ -176,6 +176,28 @@ def test_half_precision_and_autocast(name, dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_probabilities_reach_the_head_through_a_scaled_loss(dtype, whole):
+    """Every token has the logits 0, and −17 for the last id: p ≈ 2e-9, which float16 does not know."""
+    model, scale = built().train(), 2.0**14
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.model.norm.bias.copy_(torch.eye(SMALL["d_model"])[0])
+        model.lm_head.weight.zero_()[-1, 0] = -17.0
+    labels = torch.tensor([[1, 2, 3]])
+    scores = model.lm_head.weight.detach()[:, 0].double().expand(2, -1).clone().requires_grad_()
+    torch.nn.functional.cross_entropy(scores, labels[0, 1:]).backward()
+    wanted = scores.grad.sum(0)
+    assert 0 < wanted[-1] < 3e-8
+    model = model.to(dtype) if whole else model
+    with torch.autocast("cpu", dtype=dtype, enabled=not whole):
+        loss = model(labels, labels=labels, skip_logits=True).loss
+    (scale * loss.float()).backward()
+    found = model.lm_head.weight.grad[:, 0].double() / scale
+    torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 @both
 def test_checkpointing_runs_every_block_again_and_changes_no_gradient(name):
     runs = []

@@ -72,6 +72,15 @@ def test_the_loss_alone_holds_logits_of_a_chunk(length, monkeypatch):
     assert estimate_memory(config, length=length).logits == widest.bytes + length * config.d_model * 4
 
 
+def test_the_loss_alone_holds_all_logits_in_float16():
+    create, config = CASES["phase 2"]
+    model, ids = create(config, seed=0).train(), torch.zeros(1, 64, dtype=torch.int64)
+    with Widest(120) as widest, torch.autocast("cpu", dtype=torch.float16):
+        model(ids, labels=ids, skip_logits=True)
+    assert widest.bytes == 64 * 120 * 4
+    assert estimate_memory(config, length=64, autocast=torch.float16).logits == 2 * widest.bytes + 64 * 120 * 2
+
+
 def test_more_rows_need_more_and_half_precision_less():
     config = CASES["phase 2"][1]
     one = estimate_memory(config)

@@ -133,8 +133,13 @@ def seen(create, before, fields):
     """Return what there is to be seen of a model with the parameters of the model of other fields."""
     start = started(create, *fields)
     found = {"start": torch.cat([tensor.flatten() for tensor in start.values()])}
+    return found | seen_of(lambda: alike(create(**dict(fields), seed=0), started(create, *before)))
+
+
+def seen_of(build):
+    """Return what there is to be seen of the model that a function gives, or why a backend does not run it."""
     try:
-        return found | _seen(alike(create(**dict(fields), seed=0), started(create, *before)))
+        return _seen(build())
     except BackendError as refused:
         return {"refused": str(refused)}
 

@@ -6,11 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from so8t_torch.core.readable import readable
 from so8t_torch.models.configuration import Phase2Config
 from so8t_torch.models.factory import create_phase2_model
 from so8t_torch.models.phase2 import Phase2Model
 from so8t_torch.models.rows import lay_out
 from so8t_torch.models.states import RecurrentCache
+from so8t_torch.nn import modulated_memory
 
 VOCAB, CHUNK, LENGTH = 23, 4, 13
 SMALL = {"vocab_size": VOCAB, "d_model": 16, "n_layers": 2, "num_heads": 2, "head_dim": 4, "dropout": 0.0, "n_seq": 8}
@@ -146,6 +148,22 @@ def test_numbers_of_one_document_cost_nothing():
     )
     numbers[0, 9:] = 8
     assert lay_out((2, 18), tokens.device, attention_mask=real, segment_ids=numbers).documents is not None
+
+
+WAITS = {"default": 1, "feedback": 1, "no memory": 0, "plain memory": 0}
+
+
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("variant", WAITS)
+def test_all_blocks_wait_once_to_know_where_rows_stand(variant, length, monkeypatch):
+    model, tokens, waited = built(variant), ids(length=10), []
+    monkeypatch.setattr(
+        modulated_memory, "readable", lambda x, *, waiting=False: waited.append(waiting) or readable(x, waiting=waiting)
+    )
+    cache = model(tokens[:, :4], use_cache=True).past_key_values
+    assert sum(waited) == 0
+    model(tokens[:, 4 : 4 + length], past_key_values=cache)
+    assert sum(waited) == WAITS[variant]
 
 
 def test_feedback_is_that_of_the_state_that_dropout_left(monkeypatch):

@@ -1,10 +1,13 @@
 """Folders of models: what is damaged, missing or not finite is refused by name, before anything is done with it."""
 
+import ast
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -124,3 +127,52 @@ def test_a_table_can_have_more_rows_and_a_train_says_why_not():
     for arguments in ((30,), (None, 32)):
         with pytest.raises(ConfigError, match=r"a tensor train, whose factors .* its 24 ids.*Create a model"):
             train.resize_token_embeddings(*arguments)
+
+
+TRAINS = {
+    "phase 1": MODELS["train"],
+    "phase 1, complex": lambda: create_phase1_model(
+        **SIZES, htt_rank=3, htt_complex=True, tie_word_embeddings=False, seed=1
+    ),
+    "phase 2": lambda: create_phase2_model(**SIZES, num_heads=2, head_dim=4, embedding="tt", htt_rank=3, seed=1),
+    "phase 2, complex": lambda: create_phase2_model(
+        **SIZES, num_heads=2, head_dim=4, embedding="complex_tt", htt_rank=3, seed=1
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TRAINS)
+def test_what_is_said_of_a_train_that_cannot_be_resized_leads_to_one_that_can(name):
+    train = TRAINS[name]().eval()
+    with pytest.raises(ConfigError, match="one with a table, which can be resized") as refused:
+        train.resize_token_embeddings(30)
+    (fields,) = re.findall(r"config\.replace\((.*?)\)", str(refused.value))
+    changes = {key: ast.literal_eval(value) for key, value in (part.split("=") for part in fields.split(", "))}
+    model = type(train)(train.config.replace(**changes)).eval()
+    rows = train.get_input_embeddings().dense_table()
+    rows = torch.cat([rows.real, rows.imag], -1) if rows.is_complex() else rows
+    model.load_state_dict(train.state_dict(), strict=False)
+    model.get_input_embeddings().weight.copy_(rows)
+    ids = torch.arange(24)[None]
+    torch.testing.assert_close(model(ids).logits, train(ids).logits)
+    model.resize_token_embeddings(30)
+    assert model(ids).logits.shape == (1, 24, 30)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "cut off"])
+def test_the_library_s_own_reader_does_as_for_any_model(change, folder):
+    """What docs/presets.md leaves to it: a missing tensor is drawn, with a warning, the rest is its error."""
+    name, path = "model.norm.bias", folder / "model.safetensors"
+    if change == "cut off":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        rewritten(folder, lambda t: t.pop(name) if change == "missing" else t.update({name: torch.zeros(3)}))
+    if change == "missing":
+        _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert found["missing_keys"] == {name}
+    else:
+        with pytest.raises(RuntimeError if change == "shape" else SafetensorError):
+            AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(CheckpointError):
+        read_model(model_folder(folder))

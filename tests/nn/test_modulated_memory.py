@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from so8t_torch.nn import modulated_memory as room
 from so8t_torch.nn.hebbian import DissipativeHebbianLayer
 from so8t_torch.nn.memory_resonance import MemoryResonanceLayer
 from so8t_torch.nn.memory_selection import SNRMemoryFilter
@@ -170,14 +171,34 @@ def test_tokens_that_come_singly_are_judged_where_a_chunk_begins(monkeypatch):
     assert len(judged) == 2
 
 
-def test_a_call_without_a_state_reads_no_value(monkeypatch):
-    """On the device without values a mark that is asked for is an error."""
+CALLS = {
+    "rows that begin": ({"fresh": True}, 0),
+    "rows that begin, with padding": ({"fresh": True, "real": torch.arange(13) < torch.tensor([[13], [9]])}, 0),
+    "rows that go on": ({}, 1),
+    "rows that go on where nobody wants to know": ({"looking": False}, 0),
+    "rows of documents": ({"documents": torch.arange(13).expand(2, -1) // 5}, 0),
+}
+
+
+@pytest.mark.parametrize("length", [1, 13])
+@pytest.mark.parametrize("name", CALLS)
+def test_marks_wait_for_a_device_once_or_not_at_all(name, length, monkeypatch):
+    given, most = CALLS[name]
+    if name == "rows of documents":
+        most = 1 if length == 1 else 0
+    waited = []
+    monkeypatch.setattr(room, "readable", lambda *_, waiting=False: waited.append(waiting) or True)
+    given = {key: part[:, :length] if isinstance(part, torch.Tensor) else part for key, part in given.items()}
+    module, (x, gamma) = memory(), drawn(2, length)
+    places = torch.arange(13).expand(2, -1) % 5 if "documents" in given else torch.arange(13).expand(2, -1)
+    module(x, gamma, zeros(2), mark(places[:, :length], CHUNK, **given))
+    assert sum(waited) == most
+
+
+def test_tensors_without_data_are_judged_at_every_chunk(monkeypatch):
     module = memory().to("meta")
     judged = counted(module, "judge", monkeypatch)
-    x, gamma, state = torch.empty(2, 13, WIDTH), torch.empty(2, 13, HEADS), zeros(2)
-    places = torch.empty(2, 13, dtype=torch.int64)
-    given = [tensor.to("meta", *kind) for tensor, *kind in ((x, torch.float64), (gamma, torch.float64), (places,))]
-    x, gamma, places = given
-    state = MemoryState(*(part.to("meta") for part in state))
-    module(x, gamma, state, mark(places, CHUNK, fresh=True))
+    x, gamma = (part.to("meta") for part in drawn(2, 13))
+    state = MemoryState(*(part.to("meta") for part in zeros(2)))
+    module(x, gamma, state, mark(torch.empty(2, 13, dtype=torch.int64, device="meta"), CHUNK, fresh=True))
     assert len(judged) == 3

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.readable import readable
 from so8t_torch.core.tensors import expect_tensors, expect_tensors_or_none
 
 Rule = Literal["hebb", "delta"]
@@ -118,18 +119,11 @@ def held(rate: Tensor) -> Tensor:
 
 def not_negative(op: str, rate: Tensor) -> Tensor:
     """Return rates if none is negative; where values are not waited for, NaN in the places that are."""
-    if not _readable(rate):
+    if not readable(rate):
         return torch.where(rate < 0, torch.nan, rate)
     if bool((rate < 0).any()):
         raise DomainError(f"hebbian.{op}: expected decay Γ ≥ 0, got {rate.min():g}; map it by softplus.")
     return rate
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether the entries can be looked at without waiting for a device or breaking a trace."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_options(op: str, **chosen: str) -> None:

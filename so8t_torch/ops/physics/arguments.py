@@ -10,6 +10,7 @@ from torch import Tensor
 
 from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.readable import readable
 from so8t_torch.core.tensors import expect_tensors
 
 Diagnostics = dict[str, Tensor]
@@ -61,14 +62,14 @@ def widened(op: str, *tensors: Tensor) -> list[Tensor]:
 def not_negative(op: str, **tensors: Tensor) -> None:
     """Raise DomainError where an entry is negative; read on the CPU only, elsewhere it would wait for the device."""
     for name, tensor in tensors.items():
-        if _readable(tensor) and bool((tensor < 0).any()):
+        if readable(tensor) and bool((tensor < 0).any()):
             raise DomainError(f"physics.{op}: expected {name} ≥ 0, got {tensor.min():g}; map it by softplus.")
 
 
 def positive(op: str, **tensors: Tensor) -> None:
     """Raise DomainError where an entry is zero or negative; read on the CPU only."""
     for name, tensor in tensors.items():
-        if _readable(tensor) and bool((tensor <= 0).any()):
+        if readable(tensor) and bool((tensor <= 0).any()):
             raise DomainError(
                 f"physics.{op}: expected {name} > 0, got {tensor.min():g}; map it by softplus plus a floor."
             )
@@ -118,10 +119,3 @@ def _broadcast(shapes: list[torch.Size]) -> bool:
     longest = max(map(len, shapes))
     columns = zip(*((1,) * (longest - len(shape)) + tuple(shape) for shape in shapes), strict=True)
     return all(len(set(column) - {1}) <= 1 for column in columns)
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the entries can be looked at without waiting for a device or breaking a trace."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
