@@ -54,7 +54,7 @@ SIZES = ({"t": 13},)
 CUT = 7
 """Where a row is cut in two to hand its state over; no document begins there."""
 BAR_BATCHES = 20
-"""For the bar of float32. How exact a gradient is differs tenfold by the example, so of 240 that are compared a few have
+"""For the bar of float32. How exact a gradient is differs tenfold by the example: of 240 that are compared a few have
 2.6 times the worst error of five batches with no factor in it (layers.1.ffn.up.0.weight of phase1:default, carried);
 1.8 times that of 20 batches, and with one thread or two."""
 # Worst errors in eps beside each budget: of outputs, then of gradients with the parameter, printed without its name by
@@ -64,13 +64,13 @@ COMPAT = Budget(forward=8, gradient=32)
 ROTATING = Budget(forward=16, gradient=512)
 """8.7 in a state, packed; 360 in rotation.frequencies, right padded, whose terms of both signs cancel to 0.36."""
 FIRST = Budget(forward=16, gradient=256, bar=2.5, bar_batches=BAR_BATCHES)
-"""8.1 in a state, packed; 73 in layers.1.mixer.log_rates, float32, packed. The bar: 2.07 in norm.bias, right padded, one
-thread. PyTorch's layer norm adds the gradients of 156 tokens to one sum, one after the other."""
+"""8.1 in a state, packed; 73 in layers.1.mixer.log_rates, float32, packed. The bar: 2.07 in norm.bias, right padded,
+one thread. PyTorch's layer norm adds the gradients of 156 tokens to one sum, one after the other."""
 ONE_BLOCK = Budget(forward=64, gradient=1024)
-"""29 in logits and 481 in bk.hopping, both of delta, packed. Reads and norms divide by their size, one after the other."""
+"""29 in logits and 481 in bk.hopping, both of delta, packed. Reads and norms divide by their size, in turn."""
 TWO_BLOCKS = Budget(forward=128, gradient=2048, bar_batches=BAR_BATCHES)
-"""96 in logits, 114 in float32 (207 by the definition); 1,032 in layers.1.bk.hopping; both right padded. The bar: 1.63 in
-lm_head.weight and 1.58 in norm.bias, right padded."""
+"""96 in logits, 114 in float32 (207 by the definition); 1,032 in layers.1.bk.hopping; both right padded. The bar: 1.63
+in lm_head.weight and 1.58 in norm.bias, right padded."""
 PADDED = {"packed": (0, 0), "left_padded": (4, 0), "right_padded": (0, 4)}
 """Most tokens of padding on each side, by strategy."""
 SIGNED = ("chain", "excess")
