@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parity_tests.harness import Budget, Law, OpPair, ParityError, cases, generate_tests
+from parity_tests.harness.judge import another_truth
 from parity_tests.harness.pair import Carry
 from parity_tests.toy import SOUND, toy_oracle, toy_production, toy_reference
 
@@ -66,6 +67,17 @@ class _Swapped(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         return cotangents[0] * x, cotangents[0] * weight
+
+
+def test_error_in_float32_is_the_worst_of_as_many_batches_as_declared() -> None:
+    def plain(batches: int, number: int = 0) -> list[float | None]:
+        budget = dataclasses.replace(SOUND.budget, bar_batches=batches)
+        found = another_truth(dataclasses.replace(SOUND, budget=budget), "generic", {"n": 7}, "float32", number)
+        return [e.straightforward for e in (*found.outputs, *found.gradients.values())]
+
+    each = np.array([plain(1, number) for number in range(8)])
+    assert plain(8) == list(each.max(0))
+    assert plain(3) == list(each[:3].max(0)) != plain(8)
 
 
 def test_two_swapped_gradients() -> None:

@@ -28,9 +28,6 @@ from parity_tests.harness.pair import OpPair, Size
 from parity_tests.harness.production import Run
 from parity_tests.harness.tree import flatten
 
-BAR_BATCHES = 5
-"""Batches over which the error of the straightforward computation is taken; only the first judges production."""
-
 
 @dataclass(frozen=True, eq=False)
 class Truth:
@@ -68,7 +65,9 @@ def another_truth(pair: OpPair, strategy: str, size: Size, dtype: str, number: i
         dtype: dtype under test.
         number: of the situation; 0 is the one that ``truth`` returns.
     """
-    return _truth.__wrapped__(pair, strategy, tuple(size.items()), dtype, BATCH, False, number * BAR_BATCHES)
+    return _truth.__wrapped__(
+        pair, strategy, tuple(size.items()), dtype, BATCH, False, number * pair.budget.bar_batches
+    )
 
 
 @functools.cache
@@ -90,7 +89,7 @@ def _truth(
 
     judged = situation(start)
     below = dtype != "float64"
-    others = [situation(start + further) for further in range(1, BAR_BATCHES)] if below else []
+    others = [situation(start + further) for further in range(1, pair.budget.bar_batches)] if below else []
     nonfinite = strategy in pair.nonfinite
     batched = any(axis == 0 for axis in judged.inputs.axes)
     outputs = _outputs(pair, [judged, *others], dtype, batched, nonfinite)

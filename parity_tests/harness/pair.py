@@ -32,6 +32,8 @@ class Budget:
         floor: natural size of the outputs where they cancel, in their own unit.
         gradient_floor: the same for the gradients.
         bar: factor of the second bar: 2 for an operation; more for a layer, which is many of them.
+        bar_batches: batches over which the error in float32 is taken, the worst counts; only the first judges
+            production. More where errors differ by the example and there are many gradients to compare.
     """
 
     forward: Eps
@@ -39,6 +41,7 @@ class Budget:
     floor: float = 0.0
     gradient_floor: float = 0.0
     bar: float = 2.0
+    bar_batches: int = 5
 
 
 @dataclass(frozen=True)
