@@ -210,7 +210,7 @@ def parity(
 def convert(
     run: Annotated[Path, typer.Argument(help="Run folder of a Phase 1 model, or a model's folder; only read.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
-    seed: Annotated[int, typer.Option(help="Of what Phase 1 has no counterpart for.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what Phase 1 has no counterpart for.")] = 0,
 ) -> None:
     """Turn a Phase 1 model into one of Phase 2, and print what became of every tensor."""
     from transformers.utils.logging import disable_progress_bar

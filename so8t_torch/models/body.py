@@ -109,7 +109,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             f"resize_token_embeddings: the embedding is a tensor train, whose factors {train.vocab_factors} belong to "
             f"its {train.vocab_size:,} ids; it has no rows to add or to take away. Create a model with the vocab_size "
             f"wanted, or one with a table, which can be resized: its configuration is config.replace({table}), "
-            "load_state_dict(strict=False) takes over the other weights, and get_input_embeddings().dense_table() gives "
+            "load_state_dict(strict=False) takes over the other weights, and get_input_embeddings().dense_table() has "
             "its rows (of complex cores: real parts, then imaginary parts)."
         )
 

@@ -1,7 +1,8 @@
 """A saved language model to train on: what of its configuration may change, its tokenizer, its weights.
 
 Weights and configuration are those of the folder. A field may be changed as long as every tensor keeps its name and
-shape, and the field says more than how weights are drawn. All weights train, also those that were frozen when the model was saved, since a folder does not say so.
+shape, and the field says more than how weights are drawn. All weights train, also those that were frozen when the model
+was saved, since a folder does not say so.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def configuration(section: ModelSection) -> PreTrainedConfig:
     """Return the configuration of the folder, with the section's fields.
 
     Raises:
-        ConfigError: it is of another kind, its weights are quantised, or a field would change a tensor's shape, makes no
-            model, or says only how weights are drawn.
+        ConfigError: it is of another kind, its weights are quantised, or a field would change a tensor, makes no model,
+            or says only how weights are drawn.
     """
     path = folder_of(section)
     found = read_config(path)

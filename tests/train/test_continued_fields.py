@@ -100,7 +100,7 @@ def test_what_a_trained_tensor_began_from_is_refused(kind, beside, name, value, 
     assert getattr(continuing.configuration(section(kind, saved(kind, **beside), **{name: same})), name) == same
 
 
-def test_gates_are_those_of_the_fields_and_otherwise_those_of_the_folder(saved, tmp_path):
+def test_gates_are_those_of_the_fields_and_otherwise_those_of_the_folder(tmp_path):
     model = create_phase1_model(**PHASE_1, seed=0)
     for block in model.model.layers:
         block.mixer.set_gate_mode("gumbel", 0.7)

@@ -163,6 +163,11 @@ def test_what_the_folder_is_not_is_told(settings, root, converted, tmp_path):
         settings("refused", {"kind": "phase2", "init_from": str(converted), "preset": "small"})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_is_none_is_a_usage_error(seed, tmp_path):
+    assert "--seed" in said("convert", tmp_path, tmp_path / "out", "--seed", seed, status=2)
+
+
 def test_broken_weights_are_refused_before_a_run_folder_is_made(settings, converted, tmp_path):
     folder = shutil.copytree(converted, tmp_path / "start")
     tensors = load_file(folder / "model.safetensors")
