@@ -90,6 +90,10 @@ class Writing:
         self, model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str = "", drawing: Drawing | None = None
     ) -> None:
         self._model, self._tokenizer, self._drawing = model, tokenizer, drawing or Drawing()
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(
+                f"The prompt {prompt!a:.200} is no text in UTF-8: expected characters, got bytes of none."
+            )
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         ids = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         if not ids:

@@ -66,4 +66,5 @@ class QuietProgress(ProgressCallback):
         del args, control, kwargs
         if state.is_world_process_zero and self.training_bar is not None and logs:
             shown = {"loss/lm": "lm", "loss/pet": "pet", "gate/max_angle": "angle", "eval_lm": "held-out"}
-            self.training_bar.set_postfix({short: f"{logs[k]:.4g}" for k, short in shown.items() if k in logs})
+            told = {k: short for k, short in shown.items() if k in logs and (k != "loss/pet" or logs[k])}
+            self.training_bar.set_postfix({short: f"{logs[k]:.4g}" for k, short in told.items()})

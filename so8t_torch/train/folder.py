@@ -78,9 +78,22 @@ class RunFolder:
             ConfigError: the folder holds something already.
         """
         self.check_free()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.make()
         self.state(config)
         self.complete()
+
+    def make(self) -> None:
+        """Make the folder itself.
+
+        Raises:
+            ConfigError: nothing can be made there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir {self.path}: no folder can be made there ({error}); choose another."
+            ) from error
 
     def state(self, config: TrainConfig) -> None:
         """Write ``config.yaml`` where there is none."""

@@ -134,7 +134,7 @@ def run_training(
     with contextlib.ExitStack() as kept:
         with arguments.main_process_first(desc="the run folder"):
             if arguments.should_save:
-                folder.path.mkdir(parents=True, exist_ok=True)
+                folder.make()
                 kept.enter_context(folder.held())
                 kept.callback(folder.close)
                 _open(folder, config, start)

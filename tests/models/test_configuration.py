@@ -120,3 +120,10 @@ def test_a_field_set_later_is_found_by_validate():
     config.n_layers = 0
     with pytest.raises(ConfigError, match="n_layers must be > 0, got 0"):
         config.validate()
+
+
+def test_the_configuration_of_the_other_phase_is_told_as_such():
+    with pytest.raises(
+        ConfigError, match="expected the configuration of a so8t_phase2 model, got that of 'so8t_phase1'"
+    ):
+        Phase2Config.from_dict(Phase1Config().to_dict())

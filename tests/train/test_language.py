@@ -302,6 +302,17 @@ def test_draws_that_make_no_sense_are_refused(drawing):
         Drawing(**drawing)
 
 
+def test_a_prompt_that_is_no_text_is_refused(finished):
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+        Writing(finished.model, finished.tokenizer, "a\udcff")
+
+
+def test_a_place_where_no_folder_can_be_made_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir .*file/run: no folder can be made there"):
+        run_training(settings(output_dir=str(tmp_path / "file/run")))
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected a run that trained a whole model"):
         streaming.load(tmp_path)
