@@ -202,7 +202,7 @@ class RecurrentConfig(PreTrainedConfig):
         if kind != cls.model_type:
             raise ConfigError(
                 f"{cls.__name__}: expected the configuration of a {cls.model_type} model, got that of {kind!r:.80}; "
-                "read it with AutoConfig and AutoModelForCausalLM, or make a Phase 2 model of a Phase 1 one by so8t convert."
+                "read it with AutoModelForCausalLM, or make a Phase 2 model of a Phase 1 one by so8t convert."
             )
         ours = {*cls.settings(), *cls.attribute_map}
         tree = dict(config_dict) | {key: kwargs.pop(key) for key in list(kwargs) if key in ours}

@@ -309,7 +309,7 @@ def test_a_prompt_that_is_no_text_is_refused(finished):
 
 def test_a_place_where_no_folder_can_be_made_is_named(settings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="output_dir .*file/run: no folder can be made there"):
+    with pytest.raises(ConfigError, match=r"output_dir .*file/run: no folder can be made there"):
         run_training(settings(output_dir=str(tmp_path / "file/run")))
 
 
