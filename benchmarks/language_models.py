@@ -4,7 +4,7 @@ Four models of equal size learn the same text from the same batches; then the co
 length of a row: CPU time of a training step and of decoding, and what the allocator hands out at most.
 transformers' Mamba walks token by token on a CPU; its kernels need a GPU.
 
-    python -m benchmarks.language_models [--parts learned costs] [--steps N] [--lengths 512 1024 …]
+    python -m benchmarks.language_models [--parts learned costs] [--models NAME …] [--steps N] [--lengths 512 1024 …]
 """
 
 from __future__ import annotations
@@ -149,13 +149,14 @@ def pieces(text: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     return text[starts + torch.arange(LENGTH)]
 
 
-def learn(steps: int, seed: int = 0) -> list[Learned]:
-    """Train every model on the same batches of the standard library's sources."""
+def learn(names: Sequence[str], steps: int, seed: int = 0) -> list[Learned]:
+    """Train models on the same batches of the standard library's sources."""
     text = read(TextSection(max_bytes=4_000_000))
     train, held = (torch.tensor(bytearray(b"".join(part)), dtype=torch.int64) for part in (text.train, text.held_out))
     judged = pieces(held, HELD_OUT, torch.Generator().manual_seed(seed))
     found = []
-    for name, make in MODELS.items():
+    for name in names:
+        make = MODELS[name]
         size, tried = matched(make), []
         for rate in LEARNING_RATES:
             set_seed(seed)
@@ -254,11 +255,17 @@ def draw(learned: Sequence[Learned], costs: Sequence[Cost], picture: Path) -> No
     figure.savefig(picture, dpi=110)
 
 
+def _others(rows: list[dict[str, object]], names: Sequence[str]) -> list[dict[str, object]]:
+    """Return the rows of models that are not measured again."""
+    return [row for row in rows if row["model"] not in names]
+
+
 def main() -> None:
     """Measure what was asked for, put it beside what the output folder has of the other parts, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--longest-mamba", type=int, default=1024, help="its loop costs the square of the length")
@@ -269,11 +276,12 @@ def main() -> None:
     document = json.loads(file.read_text()) if file.exists() else {part: [] for part in PARTS}
     document["environment"] = environment()
     if "learned" in arguments.parts:
-        document["learned"] = [asdict(one) for one in learn(arguments.steps)]
+        document["learned"] = _others(document["learned"], arguments.models)
+        document["learned"] += [asdict(one) for one in learn(arguments.models, arguments.steps)]
     if "costs" in arguments.parts:
-        pairs = [(name, length) for length in arguments.lengths for name in MODELS]
+        pairs = [(name, length) for length in arguments.lengths for name in arguments.models]
         kept = [pair for pair in pairs if pair[0] != "Mamba" or pair[1] <= arguments.longest_mamba]
-        document["costs"] = [asdict(cost(*pair)) for pair in kept]
+        document["costs"] = _others(document["costs"], arguments.models) + [asdict(cost(*pair)) for pair in kept]
     file.write_text(json.dumps(document, indent=1) + "\n")
     found = [[kind(**row) for row in document[part]] for part, kind in PARTS.items()]
     if found[0] and found[1]:

@@ -7,14 +7,16 @@ others. All runs have the same seed, data and steps. Written beside the runs: ``
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Column, Table
 
 from so8t_torch.core.config import parse_config
 from so8t_torch.core.errors import ConfigError
@@ -46,13 +48,16 @@ class Ablation:
     outcomes: dict[str, Outcome]
 
     def table(self) -> Table:
-        """Return a row per run, a column per term."""
-        terms = list(self.outcomes[WITHOUT].values)
-        table = Table("run", "train", "held-out", *terms, "s", title="physics terms: value (multiplier)")
+        """Return a row per run: its losses, and its own term without and with it; ``ablation.json`` has all terms."""
+        without = self.outcomes[WITHOUT].values
+        run = Column("run", overflow="fold")
+        table = Table(run, "train", "held-out", "term without", "with", "multiplier", "s", title="physics terms")
         for name, found in self.outcomes.items():
             held_out = "" if found.held_out is None else f"{found.held_out:.4f}"
-            cells = [f"{found.values[term]:.3g} ({found.multipliers[term]:.2g})" for term in terms]
-            table.add_row(name, f"{found.train:.4f}", held_out, *cells, f"{found.seconds:.0f}")
+            own = ("", "", "")
+            if name in without:
+                own = (f"{without[name]:.3g}", f"{found.values[name]:.3g}", f"{found.multipliers[name]:.2g}")
+            table.add_row(name, f"{found.train:.4f}", held_out, *own, f"{found.seconds:.0f}")
         return table
 
 
@@ -112,15 +117,22 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float:
 
 def _draw(curves: Mapping[str, list[dict[str, Any]]], terms: list[str], path: Path) -> None:
     names = ["loss/lm", *(f"physics/{term}" for term in terms)]
-    figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * lines + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for label, rows in curves.items():
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    shades = colormaps["tab10"].colors
+    for name, axes in zip(names, panels, strict=False):
+        for number, (label, rows) in enumerate(curves.items()):
             told = [(row["step"], row[name]) for row in rows if name in row]
             if told:
-                axes.plot(*zip(*told, strict=True), label=label)
+                axes.plot(*zip(*told, strict=True), label=label, color=shades[number % len(shades)], linewidth=1.2)
         axes.set(title=name, xlabel="step")
         if name != "loss/lm" and any(line.get_ydata().min() > 0 for line in axes.lines):
             axes.set_yscale("log")
-        axes.legend(fontsize="small")
+    for axes in list(panels):
+        axes.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize="small")
     figure.savefig(path, dpi=110)
