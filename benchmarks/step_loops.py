@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.allocation import peak_bytes
 from benchmarks.harness import RESULTS, environment
+from benchmarks.language_models import seconds
 from so8t_torch.models.factory import create_phase1_model, create_phase2_model
 from so8t_torch.nn.holographic_embedding import HolographicTTEmbedding
 from so8t_torch.ops import semiseparable
@@ -131,15 +131,10 @@ def step(model: PreTrainedModel, run: Callable[[], Tensor], context: AbstractCon
     return float(found)
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
+def warm_seconds(call: Callable[[], object], repeats: int) -> float:
     """Return the least CPU time of some calls after one that does not count."""
     call()
-    times = []
-    for _ in range(repeats):
-        begun = time.process_time()
-        call()
-        times.append(time.process_time() - begun)
-    return min(times)
+    return seconds(call, repeats)
 
 
 def side(model: PreTrainedModel, rows: Tensor, *, loop: bool, repeats: int) -> Side:
@@ -159,7 +154,7 @@ def side(model: PreTrainedModel, rows: Tensor, *, loop: bool, repeats: int) -> S
         return lambda: step(model, run, looping() if loop else nullcontext())
 
     whole = taken(loss(model, rows, loop=loop))
-    return Side(seconds(whole, repeats), seconds(taken(body), repeats), peak_bytes(whole))
+    return Side(warm_seconds(whole, repeats), warm_seconds(taken(body), repeats), peak_bytes(whole))
 
 
 def measured(name: str, batch: int, lengths: list[int], options: argparse.Namespace) -> Iterator[Row]:
