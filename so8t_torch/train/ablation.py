@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Column, Table
@@ -122,12 +121,11 @@ def _draw(curves: Mapping[str, list[dict[str, Any]]], terms: list[str], path: Pa
     figure = Figure(figsize=(4.5 * columns, 3 * lines + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    shades = colormaps["tab10"].colors
     for name, axes in zip(names, panels, strict=False):
         for number, (label, rows) in enumerate(curves.items()):
             told = [(row["step"], row[name]) for row in rows if name in row]
             if told:
-                axes.plot(*zip(*told, strict=True), label=label, color=shades[number % len(shades)], linewidth=1.2)
+                axes.plot(*zip(*told, strict=True), label=label, color=f"C{number % 10}", linewidth=1.2)
         axes.set(title=name, xlabel="step")
         if name != "loss/lm" and any(line.get_ydata().min() > 0 for line in axes.lines):
             axes.set_yscale("log")
