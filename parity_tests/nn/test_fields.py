@@ -1,5 +1,6 @@
 """Every field of production that is mathematics is one of the definition and changes it; what is none is refused."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -51,7 +52,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 """Other fields without which a field does nothing, or cannot change."""
 
 
-FIELDS = [(kind, name) for kind, (config, *_) in MODELS.items() for name in config.__dataclass_fields__]
+FIELDS = [(kind, field.name) for kind, (config, *_) in MODELS.items() for field in dataclasses.fields(config)]
 
 
 def neighbours(kind: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,8 +25,9 @@ LIBRARY = (
 """Keys that transformers writes beside the fields."""
 
 
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A dataclass of fields that are mathematics.
+    """Fields that are mathematics; here those that both phases have.
 
     Raises:
         ValueError: a field has a value that the definition does not know; the text names all of them.
@@ -35,6 +36,21 @@ class ModelConfig:
     model_type: ClassVar[str]
     running: ClassVar[tuple[str, ...]] = RUNNING
     """Fields of production that change how a model runs, trains or generates, and not what it computes."""
+
+    vocab_size: int = 50257
+    d_model: int = 512
+    n_layers: int = 6
+    n_seq: int = 1024
+    ffn_dim: int | None = None
+    layer_norm_eps: float = 1e-5
+    position_embedding: Literal["zeta", "none"] = "none"
+    position_scale: float = 0.05
+    zeta_embedding_trainable: bool = False
+    htt_rank: int = 16
+    htt_num_cores: int = 2
+    htt_phase_encoding: bool = True
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         """Refuse words that name nothing."""
@@ -60,7 +76,7 @@ class ModelConfig:
         kind = tree.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(f"expected the configuration of a model {cls.model_type!r}, got {kind!r}")
-        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(tree.keys() - names - {*cls.running, *LIBRARY})
         if unknown:
             raise ValueError(f"the definition of {cls.model_type!r} has no field {', '.join(unknown)}")

@@ -20,20 +20,6 @@ class Phase1Config(ModelConfig):
     model_type = "so8t_phase1"
     running = (*RUNNING, "checkpoint_ar_ssm")
 
-    vocab_size: int = 50257
-    d_model: int = 512
-    n_layers: int = 6
-    n_seq: int = 1024
-    ffn_dim: int | None = None
-    layer_norm_eps: float = 1e-5
-    position_embedding: Literal["zeta", "none"] = "none"
-    position_scale: float = 0.05
-    zeta_embedding_trainable: bool = False
-    htt_rank: int = 16
-    htt_num_cores: int = 2
-    htt_phase_encoding: bool = True
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
     ar_ssm_max_rank: int = 32
     ar_ssm_min_rank: int = 4
     ar_ssm_gate_hidden_dim: int | None = None

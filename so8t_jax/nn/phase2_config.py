@@ -19,20 +19,8 @@ class Phase2Config(ModelConfig):
 
     model_type = "so8t_phase2"
 
-    vocab_size: int = 50257
-    d_model: int = 512
-    n_layers: int = 6
-    n_seq: int = 1024
-    ffn_dim: int | None = None
-    layer_norm_eps: float = 1e-5
     position_embedding: Literal["zeta", "none"] = "zeta"
-    position_scale: float = 0.05
-    zeta_embedding_trainable: bool = False
-    htt_rank: int = 16
-    htt_num_cores: int = 2
-    htt_phase_encoding: bool = True
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
     num_heads: int = 8
     head_dim: int = 64
     bk_channels: int | None = None
