@@ -66,6 +66,12 @@ def test_a_path_says_what_it_holds():
     assert not {path: sorted(found & NAMELESS) for path, found in words.items() if found & NAMELESS}
 
 
+def test_no_two_test_files_have_one_name():
+    """Pytest imports the modules of folders that are no packages by their bare names."""
+    names = [p.name for p in FILES if p.name.startswith("test_") and not (p.parent / "__init__.py").exists()]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_a_missing_import_is_never_swallowed():
     bad = [
         f"{name}:{node.lineno}"
