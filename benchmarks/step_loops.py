@@ -131,12 +131,6 @@ def step(model: PreTrainedModel, run: Callable[[], Tensor], context: AbstractCon
     return float(found)
 
 
-def warm_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the least CPU time of some calls after one that does not count."""
-    call()
-    return seconds(call, repeats)
-
-
 def side(model: PreTrainedModel, rows: Tensor, *, loop: bool, repeats: int) -> Side:
     """Measure one of the two.
 
@@ -154,7 +148,7 @@ def side(model: PreTrainedModel, rows: Tensor, *, loop: bool, repeats: int) -> S
         return lambda: step(model, run, looping() if loop else nullcontext())
 
     whole = taken(loss(model, rows, loop=loop))
-    return Side(warm_seconds(whole, repeats), warm_seconds(taken(body), repeats), peak_bytes(whole))
+    return Side(seconds(whole, repeats), seconds(taken(body), repeats), peak_bytes(whole))
 
 
 def measured(name: str, batch: int, lengths: list[int], options: argparse.Namespace) -> Iterator[Row]:
