@@ -16,7 +16,7 @@ __all__ = ["Phase1Config", "Phase2Config"]
 _TARGET = "it is what a preset aims at and changes no model; see read_preset"
 _MEASURED = "nothing is bounded by it; ask a forward pass for diagnostics='summary'"
 _TILES = "the operation chooses its tiles for each shape and device"
-_CHECKPOINTING = "call model.gradient_checkpointing_enable(), or set it for the training run"
+_CHECKPOINTING = "call model.activation_checkpointing_enable(), or set it for the training run"
 
 
 class Phase1Config(RecurrentConfig):

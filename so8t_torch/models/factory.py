@@ -52,7 +52,7 @@ def create_phase1_model(
     chosen, again = _chosen(Phase1Config, "phase1", config, preset, fields)
     model = _built(Phase1ForCausalLM, chosen, device, dtype, seed)
     if again:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 

@@ -141,7 +141,7 @@ def test_checkpointing_changes_no_bit_of_any_gradient(load_base, shake, adapter_
         if kind != "none":
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing, **non_reentrant)
         elif checkpointing:
-            model.gradient_checkpointing_enable(**non_reentrant)
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model = shake(get_peft_model(model, SO8TConfig(r=2, lora_dropout=0.0))).train()
         assert model.get_base_model().is_gradient_checkpointing == checkpointing
         gradients.append(adapter_gradients(model))

@@ -72,7 +72,7 @@ def test_routes_survive_non_reentrant_recomputation(routed, ids) -> None:
     routed.set_gate_routes(ROWS)
     summed_loss(routed, ids).backward()
     plain = {n: p.grad.clone() for n, p in routed.named_parameters() if p.grad is not None}
-    routed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    routed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for afterwards in (ROWS, ~ROWS, torch.ones(3, dtype=torch.bool), None):
         routed.zero_grad(set_to_none=True)
         routed.set_gate_routes(ROWS)
@@ -86,7 +86,7 @@ def test_routes_survive_non_reentrant_recomputation(routed, ids) -> None:
 
 def test_dropped_routes_under_reentrant_checkpointing_are_an_error(routed, ids) -> None:
     routed.enable_input_require_grads()
-    routed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    routed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     routed.set_gate_routes(ROWS)
     loss = summed_loss(routed, ids)
     routed.set_gate_routes(None)

@@ -205,7 +205,7 @@ def test_checkpointing_runs_every_block_again_and_changes_no_gradient(name):
     for checkpointed in (False, True):
         model = built(name).train()
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         count = [0]
         for block in model.model.layers:
             norm = block.ffn_norm

@@ -39,7 +39,7 @@ def test_activations_are_near_what_a_model_keeps(create, config, again):
     found = estimate_memory(config, batch_size=2, gradient_checkpointing=again)
     estimated = found.activations
     if again:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         # the block that is computed again holds its share in the backward pass, not here
         estimated -= estimate_memory(config, batch_size=2).activations // config.n_layers
     kept = kept_bytes(model, lambda: model(ids, labels=ids, skip_logits=True))

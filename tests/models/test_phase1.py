@@ -188,7 +188,7 @@ def test_mixers_that_are_computed_again_keep_less_and_give_the_same_gradient():
 def test_no_mixer_is_computed_a_third_time(mixers, blocks, times):
     model, count = built({"checkpoint_ar_ssm": mixers, "n_layers": 1}).train(), []
     if blocks:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     model.model.layers[0].mixer.register_forward_pre_hook(lambda *_: count.append(1))
     model(drawn(2, 10), labels=drawn(2, 10)).loss.backward()
     assert len(count) == times

@@ -13,7 +13,7 @@ def gradients(mixer, block):
     sizes = {**SIZES, "ar_ssm_max_rank": 6, "ar_ssm_min_rank": 2, "checkpoint_ar_ssm": mixer}
     model = create_phase1_model(**sizes, dtype=torch.float64, seed=0).train()
     if block:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     observer, ids = Observer(model.model, {"maps"}), torch.arange(8)[None]
     with observer.open() as calls:
         model(ids)

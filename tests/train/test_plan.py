@@ -123,7 +123,7 @@ def test_the_peak_of_a_step_is_planned_within_a_quarter(settings, tmp_path, chec
     trainer = SO8TTrainer(job.model, arguments, job.rows, [], job.collator, config.training, config.penalty)
     trainer.create_optimizer()
     if checkpointing:
-        job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        job.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     batch = job.collator(job.rows)
     assert batch["input_ids"].shape == (6, 37)
     job.model.train()
