@@ -1,6 +1,7 @@
 """Rules that hold for the whole tree and that a reader should be able to rely on."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -18,8 +19,13 @@ def relative(path):
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def trees(*tops):
-    return [(relative(p), ast.parse(p.read_text(encoding="utf-8"))) for p in FILES if relative(p).split("/")[0] in tops]
+    return [(relative(p), tree_of(p)) for p in FILES if relative(p).split("/")[0] in tops]
 
 
 def handlers(tops):

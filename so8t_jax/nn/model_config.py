@@ -50,10 +50,12 @@ class ModelConfig:
     htt_num_cores: int = 2
     htt_phase_encoding: bool = True
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse words that name nothing."""
+        """Refuse words that name nothing, and let rows begin at d_model^−½ where no number is given."""
+        if self.initializer_range is None:
+            object.__setattr__(self, "initializer_range", self.d_model**-0.5)
         kinds = {name: kind for name, kind in get_type_hints(type(self)).items() if get_origin(kind) is Literal}
         wrong = [
             f"{name}: expected {' or '.join(map(repr, get_args(kind)))}, got {getattr(self, name)!r}"

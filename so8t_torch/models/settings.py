@@ -138,7 +138,8 @@ class RecurrentConfig(PreTrainedConfig):
         htt_phase_encoding: whether it has a trained phase.
         tie_word_embeddings: the head is the transpose of the embedding.
         backend: of every operation that has more than one.
-        initializer_range: standard deviation of embeddings and of a head of its own.
+        initializer_range: standard deviation of embeddings and of a head of its own; d_model^−½ without, at which logits
+            begin with unit variance.
         use_cache: whether a forward pass without labels returns its state.
         bos_token_id: for generation, as are the next two.
         eos_token_id: an id, or several.
@@ -169,7 +170,7 @@ class RecurrentConfig(PreTrainedConfig):
     htt_phase_encoding: bool = setting(True, flag)
     tie_word_embeddings: bool = setting(True, flag)
     backend: Literal["auto", "eager", "triton"] = setting("auto", choice("auto", "eager", "triton"))
-    initializer_range: float = setting(0.02, number())
+    initializer_range: float | None = setting(None, optional(number()))
     use_cache: bool = setting(True, flag)
     bos_token_id: int | None = setting(None, optional(whole(0)))
     eos_token_id: int | list[int] | None = setting(None, optional(token_ids))
@@ -185,6 +186,8 @@ class RecurrentConfig(PreTrainedConfig):
                     problems.append(f"{key} is {name}, got {value!r} and {getattr(self, name)!r}; give one of them")
                 setattr(self, name, value)
         self._refuse(problems + self._violations())
+        if self.initializer_range is None:
+            self.initializer_range = self.d_model**-0.5
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -236,7 +239,8 @@ class RecurrentConfig(PreTrainedConfig):
             ConfigError: as the class.
         """
         renamed = {self.attribute_map.get(key, key): value for key, value in changes.items()}
-        return type(self)(**self.to_dict() | renamed)
+        follows = {"initializer_range": None} if self.initializer_range == self.d_model**-0.5 else {}
+        return type(self)(**self.to_dict() | follows | renamed)
 
     def _takes(self, key: str) -> bool:
         return key.startswith("_") or key in _OF_THE_LIBRARY or key in self.attribute_map

@@ -127,3 +127,12 @@ def test_the_configuration_of_the_other_phase_is_told_as_such():
         ConfigError, match="expected the configuration of a so8t_phase2 model, got that of 'so8t_phase1'"
     ):
         Phase2Config.from_dict(Phase1Config().to_dict())
+
+
+@BOTH
+def test_rows_begin_at_the_inverse_root_of_the_width(kind):
+    assert kind(d_model=64).initializer_range == 0.125
+    assert kind(d_model=64).replace(d_model=16).initializer_range == 0.25
+    assert kind(d_model=64).replace(n_layers=1).initializer_range == 0.125
+    assert kind(d_model=64, initializer_range=0.02).replace(d_model=16).initializer_range == 0.02
+    assert kind.from_dict(kind(d_model=64).to_dict()).initializer_range == 0.125

@@ -310,3 +310,19 @@ def test_a_step_of_generation_compiles_to_one_graph():
         token = tokens[:, place : place + 1]
         wanted = model(token, past_key_values=plain, use_cache=True).logits
         torch.testing.assert_close(step(token, past_key_values=cache, use_cache=True).logits, wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_logits_begin_with_unit_variance_at_any_width(phase, train, tied):
+    for width in (32, 128):
+        sizes = {"vocab_size": 400, "d_model": width, "n_layers": 2, "n_seq": 16, "seed": 0}
+        if phase == 1:
+            model = create_phase1_model(**sizes, htt_enabled=train, tie_word_embeddings=tied)
+        else:
+            heads = {"num_heads": 2, "head_dim": 16, "embedding": "tt" if train else "dense"}
+            model = create_phase2_model(**sizes, **heads, tie_word_embeddings=tied)
+        with torch.no_grad():
+            spread = model.eval()(input_ids=torch.arange(16)[None]).logits.std()
+        assert 0.75 < spread < 1.35
