@@ -45,5 +45,5 @@ class Phase2Config(ModelConfig):
     resonance_enabled: bool = True
     resonance_energy_threshold: float = 0.1
     feedback_enabled: bool = False
-    use_zeta_init: bool = True
+    use_zeta_init: bool = False
     embedding: Literal["dense", "tt", "complex_tt"] = "dense"

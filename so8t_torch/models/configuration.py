@@ -124,7 +124,7 @@ class Phase2Config(RecurrentConfig):
         hebbian_rule: ``"hebb"`` or ``"delta"``.
         hebbian_dt: time from token to token, or what it starts from.
         adaptive_time_step: it depends on token and head.
-        short_conv: taps of the causal convolutions before q, k and v; 0 or 1 for none.
+        short_conv: taps of the causal filter that keys are made of; 0 or 1 for none.
         memory_chunk: tokens that share what the next options make of the state that enters them, a power of two.
         snr_enabled: noise is forgotten faster, and signal written more strongly.
         snr_threshold: ratio of signal to noise where the two meet.
@@ -133,7 +133,7 @@ class Phase2Config(RecurrentConfig):
         resonance_enabled: modes of the zeta basis without energy are attenuated.
         resonance_energy_threshold: energy of a mode, relative to the mean, where attenuation begins.
         feedback_enabled: the memory adds to the potential of the chains.
-        use_zeta_init: linear maps start with singular values that fall like the inverse zeta zeros.
+        use_zeta_init: linear maps start with singular values that fall like the inverse zeta zeros; the start is slower.
         embedding: ``"dense"``, ``"tt"`` (a tensor train) or ``"complex_tt"`` (of complex cores).
     """
 
@@ -178,7 +178,7 @@ class Phase2Config(RecurrentConfig):
     resonance_enabled: bool = setting(True, flag)
     resonance_energy_threshold: float = setting(0.1, number())
     feedback_enabled: bool = setting(False, flag)
-    use_zeta_init: bool = setting(True, flag)
+    use_zeta_init: bool = setting(False, flag)
     embedding: Literal["dense", "tt", "complex_tt"] = setting("dense", choice("dense", "tt", "complex_tt"))
 
     def _contradictions(self, sound: set[str]) -> list[str]:

@@ -57,7 +57,7 @@ PHASE_2 = {
     "no resonance": {"resonance_enabled": False},
     "no filter": {"short_conv": 0},
     "no memory": {"hebbian_enabled": False},
-    "plain start": {"use_zeta_init": False},
+    "zeta start": {"use_zeta_init": True},
     "dropout": {"dropout": 0.2},
     "everything": {
         "hebbian_rule": "delta",

@@ -88,7 +88,7 @@ OF_PHASE_2 = OF_BOTH | {
     "resonance_enabled": (False, {}),
     "resonance_energy_threshold": (0.9, {}),
     "feedback_enabled": (True, {}),
-    "use_zeta_init": (False, {}),
+    "use_zeta_init": (True, {}),
 }
 
 
