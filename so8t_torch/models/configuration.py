@@ -133,7 +133,7 @@ class Phase2Config(RecurrentConfig):
         resonance_enabled: modes of the zeta basis without energy are attenuated.
         resonance_energy_threshold: energy of a mode, relative to the mean, where attenuation begins.
         feedback_enabled: the memory adds to the potential of the chains.
-        use_zeta_init: linear maps start with singular values that fall like the inverse zeta zeros; the start is slower.
+        use_zeta_init: linear maps start with singular values that fall like the inverse zeta zeros, and learn slower.
         embedding: ``"dense"``, ``"tt"`` (a tensor train) or ``"complex_tt"`` (of complex cores).
     """
 

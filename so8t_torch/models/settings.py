@@ -138,7 +138,7 @@ class RecurrentConfig(PreTrainedConfig):
         htt_phase_encoding: whether it has a trained phase.
         tie_word_embeddings: the head is the transpose of the embedding.
         backend: of every operation that has more than one.
-        initializer_range: standard deviation of embeddings and of a head of its own; d_model^−½ without, at which logits
+        initializer_range: standard deviation of embeddings and of a head of its own; d_model^−½ without, so that logits
             begin with unit variance.
         use_cache: whether a forward pass without labels returns its state.
         bos_token_id: for generation, as are the next two.
