@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from parity_tests.harness import environment
 from parity_tests.nn.models import FIRST_SMALL, SMALL
 from so8t_jax.__main__ import main
-from so8t_jax.nn.checkpoint import convert, load_model
+from so8t_jax.nn.checkpoint import Layout, convert, load_model
 from so8t_jax.nn.weights import load, tensors
 from so8t_torch.models.configuration import Phase1Config, Phase2Config
 from so8t_torch.models.phase1 import Phase1ForCausalLM
@@ -51,6 +51,23 @@ def test_there_and_back_is_the_same_file_of_numbers(folder: Path, tmp_path: Path
         assert torch.equal(tensor, after[name])
     again = Phase2ForCausalLM.from_pretrained(tmp_path / "torch")
     assert again.config.to_dict().keys() == Phase2ForCausalLM.from_pretrained(folder).config.to_dict().keys()
+
+
+def test_tokenizer_and_settings_of_generation_cross_and_an_index_of_shards_does_not(tmp_path: Path) -> None:
+    saved(tmp_path / "torch").save_pretrained(tmp_path / "torch", max_shard_size="1KB")
+    (tmp_path / "torch" / "model.safetensors").unlink(missing_ok=True)
+    (tmp_path / "torch" / "tokenizer.json").write_text("{}")
+    described = {"config.json", "generation_config.json", "tokenizer.json"}
+    (tmp_path / "torch" / "model.safetensors.index.json").stat()
+    routes: tuple[tuple[str, str, Layout, str], ...] = (
+        ("torch", "flax", "flax", "flax_model.safetensors"),
+        ("flax", "back", "torch", "model.safetensors"),
+    )
+    for source, target, layout, weights in routes:
+        convert(tmp_path / source, tmp_path / target, layout)
+        assert {path.name for path in (tmp_path / target).iterdir()} == {*described, weights}
+        for name in described:
+            assert (tmp_path / target / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
 
 
 def test_the_command_carries_a_model_to_its_definition(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ MODELS: dict[str, tuple[Any, type[RecurrentModel], type[RecurrentForCausalLM]]] 
     "so8t_phase2": (Phase2Config, Phase2Model, Phase2ForCausalLM),
 }
 Model = RecurrentForCausalLM | RecurrentModel
+DESCRIPTIONS = {".jinja", ".json", ".model", ".txt"}
+"""Ends of the names of files that describe a model, its tokenizer, or how it writes."""
 SETTINGS = "_extra_state"
 """What a tensor is called that holds settings of a layer, and no weights."""
 
@@ -67,7 +69,9 @@ def load_model(folder: str | Path) -> Model:
 
 
 def convert(source: str | Path, output: str | Path, to: Layout) -> int:
-    """Write the weights of a checkpoint folder in the other layout, and return how many tensors there are.
+    """Write a checkpoint folder with its weights in the other layout, and return how many tensors there are.
+
+    What describes the model, its tokenizer and how it writes is copied.
 
     Args:
         source: folder of the layout that is not asked for; only read.
@@ -97,7 +101,8 @@ def convert(source: str | Path, output: str | Path, to: Layout) -> int:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save_file(stored, staging / FILES[to], metadata={"format": FORMATS[to]})
-        shutil.copyfile(folder / "config.json", staging / "config.json")
+        for path in _beside(folder):
+            shutil.copyfile(path, staging / path.name)
         if target.exists():
             target.rmdir()
         staging.chmod(0o755)
@@ -105,6 +110,15 @@ def convert(source: str | Path, output: str | Path, to: Layout) -> int:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return len(stored)
+
+
+def _beside(folder: Path) -> list[Path]:
+    """Return the files that go with weights of either layout: configuration, tokenizer, settings of generation."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in DESCRIPTIONS and not path.name.endswith(".safetensors.index.json")
+    ]
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], Layout]:

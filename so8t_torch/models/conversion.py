@@ -77,7 +77,9 @@ class ConversionReport:
 
     def table(self) -> Table:
         """Return the report as a table for a terminal."""
-        table = Table("tensor of Phase 2", "from Phase 1", title="Phase 1 → Phase 2")
+        table = Table(title="Phase 1 → Phase 2")
+        for column in ("tensor of Phase 2", "from Phase 1"):
+            table.add_column(column, overflow="fold")
         for target, sources in self.copied.items():
             how = " (computed)" if target in self.computed else ""
             table.add_row(target, " · ".join(sources) + how + (", frozen" if target in self.frozen else ""))
@@ -120,8 +122,8 @@ def convert_phase1_to_phase2(
         The model on the device and in the dtype of phase1_model, and what became of every tensor.
 
     Raises:
-        ConfigError: phase1_model is no such model, the result is to be an encoder, or a tensor and its counterpart
-            differ in shape; all are listed.
+        ConfigError: phase1_model or phase2_config is none, the result is to be an encoder, or a tensor and its
+            counterpart differ in shape; all are listed.
         DomainError: a tensor that would be copied is not finite.
     """
     if not isinstance(phase1_model, Phase1ForCausalLM):
@@ -130,6 +132,11 @@ def convert_phase1_to_phase2(
             "Phase1ForCausalLM.from_pretrained."
         )
     config = phase2_config_of(phase1_model.config) if phase2_config is None else phase2_config
+    if not isinstance(config, Phase2Config):
+        raise ConfigError(
+            f"convert_phase1_to_phase2: expected a Phase2Config, got a {type(config).__name__}; get_phase2_preset "
+            "returns that of a preset."
+        )
     if config.is_encoder:
         raise ConfigError("convert_phase1_to_phase2: expected is_encoder false, since Phase 1 is a language model.")
     first = next(phase1_model.parameters())

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
@@ -20,8 +21,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from so8t_torch.core.errors import ConfigError, ShapeError
+from so8t_torch.core.errors import ConfigError, DomainError, ShapeError
 from so8t_torch.core.precision import accumulation_dtype
+from so8t_torch.core.readable import readable
 from so8t_torch.models.body import RecurrentModel, RecurrentPreTrainedModel
 from so8t_torch.models.head_loss import head_loss, is_plain
 from so8t_torch.models.states import RecurrentCache
@@ -172,7 +174,10 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         """Return the mean cross-entropy of the next tokens, plus what the blocks add."""
         if labels.shape != hidden.shape[:2]:
             raise ShapeError(f"expected labels {tuple(hidden.shape[:2])}, one per token, got {tuple(labels.shape)}.")
-        wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise DomainError(f"expected labels of an integer dtype, got {labels.dtype}; convert them.")
+        wanted = nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
+        _check_labels(wanted, self.config.vocab_size)
         counted = (wanted != IGNORED).sum()
         if self.lm_head is None:
             total = self._train_head().loss(hidden, wanted, reduction="sum")
@@ -189,6 +194,16 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             return loss
         return loss + aux * (1.0 if items is None else counted / items)
 
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse prompts without a row or a token, where ``generate`` prepares them."""
+        found: Any = super()._prepare_model_inputs(*args, **kwargs)
+        prompts = found[0]
+        if prompts.ndim < 2 or not prompts.shape[0] or not prompts.shape[1]:
+            raise ShapeError(
+                f"generate: expected prompts (B, N) with at least one row and one token, got {tuple(prompts.shape)}."
+            )
+        return found
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> None:
@@ -200,6 +215,18 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RecurrentCache(self.config)
+
+
+def _check_labels(wanted: Tensor, size: int) -> None:
+    """Raise unless labels that count are ids; where the host would have to wait for values, nothing does."""
+    if not readable(wanted):
+        return
+    wrong = (wanted != IGNORED) & ((wanted < 0) | (wanted >= size))
+    if bool(wrong.any()):
+        raise DomainError(
+            f"expected labels in [0, {size}), or {IGNORED} where a token counts for nothing, got {wanted[wrong][0]}; "
+            "take the tokenizer of the model."
+        )
 
 
 def register(config: type[PreTrainedConfig], body: type[RecurrentModel], model: type[RecurrentForCausalLM]) -> None:

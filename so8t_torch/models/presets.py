@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import PositiveFloat
 from rich.console import Console
@@ -119,8 +119,10 @@ def for_hardware(vram_gb: float) -> Phase1Config:
         vram_gb: memory of the card in GB.
 
     Raises:
-        ConfigError: no preset aims at so little.
+        ConfigError: no preset aims at so little, or it is no number.
     """
+    if isinstance(vram_gb, bool) or not isinstance(vram_gb, int | float):
+        raise ConfigError(f"for_hardware: expected vram_gb as a number of GB, got {vram_gb!r}.")
     fitting = [name for name in LADDER if read_preset("phase1", name).targets.vram_gb <= vram_gb]
     if not fitting:
         least = read_preset("phase1", LADDER[0]).targets.vram_gb
@@ -185,6 +187,12 @@ def _aims(targets: Targets) -> str:
 
 
 def _presets(phase: Phase) -> dict[str, Preset]:
-    """Return the presets of a phase by the memory that they aim at."""
+    """Return the presets of a phase by the memory that they aim at.
+
+    Raises:
+        ConfigError: there is no such phase.
+    """
+    if phase not in get_args(Phase):
+        raise ConfigError(f"expected the presets of {' or '.join(map(repr, get_args(Phase)))}, got {phase!r}.")
     found = {path.stem: load_config(Preset, path) for path in (FOLDER / phase).glob("*.yaml")}
     return dict(sorted(found.items(), key=lambda item: (item[1].targets.vram_gb, item[0])))

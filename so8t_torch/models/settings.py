@@ -264,10 +264,22 @@ class RecurrentConfig(PreTrainedConfig):
         found = []
         if self.zeta_embedding_trainable is True and self.position_embedding == "none":
             found.append("zeta_embedding_trainable needs position_embedding 'zeta', got 'none'")
+        if "vocab_size" in sound:
+            found += self._outside_the_vocabulary(sound)
         if self.embedding == "complex_tt" and self.tie_word_embeddings is True:
             found.append("tie_word_embeddings must be false with complex cores: a head has no complex meaning")
         if self.embedding in ("tt", "complex_tt") and {"vocab_size", "d_model", "htt_rank", "htt_num_cores"} <= sound:
             found += self._of_the_train(2 if self.embedding == "complex_tt" else 1)
+        return found
+
+    def _outside_the_vocabulary(self, sound: set[str]) -> list[str]:
+        """Return which special tokens no row of the embedding belongs to."""
+        found = []
+        for name in sorted({"bos_token_id", "eos_token_id", "pad_token_id"} & sound):
+            value = getattr(self, name)
+            several = value if isinstance(value, list) else [value]
+            if any(i is not None and i >= self.vocab_size for i in several):
+                found.append(f"{name} must be < vocab_size {self.vocab_size}, got {value!r}")
         return found
 
     def _of_the_train(self, parts: int) -> list[str]:

@@ -126,7 +126,7 @@ def run_long_context(config: LongContextConfig, tell: Callable[[str], object] = 
         tell: is called with a line for every model that has been measured.
 
     Raises:
-        ConfigError: a field that the model does not have, or a distance that is too short for a task.
+        ConfigError: a field that the model does not have, a distance that is too short for a task, or a length below 1.
     """
     tasks = [config.task.model_copy(update={"task": name}) for name in config.tasks]
     _check(config, tasks)
@@ -160,6 +160,9 @@ def _check(config: LongContextConfig, tasks: Sequence[RecallSection]) -> None:
     if taken:
         raise ConfigError(f"long-context: expected no {' and '.join(taken)} in model: the report sets it; remove it.")
     Phase2Config(**config.model)
+    short = [length for length in config.measuring.lengths if length < 1]
+    if short:
+        raise ConfigError(f"long-context: expected measuring.lengths of at least 1 token, got {short[0]}.")
     for task in tasks:
         for distance in (config.training_of(task.task).shortest, *config.measuring.distances):
             task.length(distance)

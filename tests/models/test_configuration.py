@@ -64,6 +64,12 @@ def test_one_error_names_every_wrong_value_and_every_unknown_key(kind):
         (Phase1Config, {"d_model": 509}, "do not fit d_model 509"),
         (Phase1Config, {"ffn_rank": 8, "ffn_compression_enabled": False}, "ffn_rank needs ffn_compression_enabled"),
         (Phase1Config, {"zeta_embedding_trainable": True}, "zeta_embedding_trainable needs position_embedding 'zeta'"),
+        (
+            Phase1Config,
+            {"vocab_size": 9, "htt_rank": 2, "pad_token_id": 9},
+            "pad_token_id must be < vocab_size 9, got 9",
+        ),
+        (Phase2Config, {"vocab_size": 9, "eos_token_id": [8, 9]}, "eos_token_id must be < vocab_size 9, got [8, 9]"),
         (Phase2Config, {"bk_mode": "full"}, "needs is_encoder true"),
         (Phase2Config, {"base_decay": 0.05}, "base_decay must be < 0.05 with adaptive_decay"),
         (Phase2Config, {"embedding": "tt", "htt_num_cores": 3, "htt_rank": 10**6}, "htt_rank 1000000"),

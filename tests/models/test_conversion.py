@@ -1,9 +1,11 @@
 """Phase 1 to Phase 2: what is copied is the same to the bit, what is new trains, and the report says which is which."""
 
 import copy
+import io
 
 import pytest
 import torch
+from rich.console import Console
 
 from so8t_torch.core.errors import ConfigError, DomainError
 from so8t_torch.models.configuration import Phase2Config
@@ -169,6 +171,22 @@ def test_broken_weights_and_other_models_are_refused():
         convert_phase1_to_phase2(convert_phase1_to_phase2(phase1({}))[0])
     with pytest.raises(ConfigError, match="expected is_encoder false"):
         convert_phase1_to_phase2(phase1({}), Phase2Config(is_encoder=True))
+
+
+@pytest.mark.parametrize("given", ["small", {"d_model": 16}, phase1({}).config])
+def test_what_is_no_configuration_of_phase_2_is_refused(given):
+    with pytest.raises(ConfigError, match=f"expected a Phase2Config, got a {type(given).__name__}"):
+        convert_phase1_to_phase2(phase1({}), given)
+
+
+def test_the_report_spells_names_out_on_a_narrow_page():
+    _, report = convert_phase1_to_phase2(phase1({}))
+    page = Console(width=50, file=io.StringIO())
+    page.print(report.table())
+    printed = page.file.getvalue()
+    assert "…" not in printed
+    letters = "".join(line.split("│")[1].strip() for line in printed.splitlines() if "│" in line)
+    assert all(name in letters for name in (*report.copied, *report.initialised))
 
 
 def test_a_model_in_half_precision_stays_one():

@@ -79,6 +79,13 @@ def test_half_precision_vectors_instead_of_ids_and_a_single_token(name):
 
 REFUSED = {
     "an empty prompt": (ShapeError, "at least one row and one token", {"inputs": torch.zeros(1, 0, dtype=torch.int64)}),
+    "an empty prompt that is padded": (
+        ShapeError,
+        "generate: expected prompts",
+        {"inputs": torch.zeros(2, 0, dtype=torch.int64), "pad_token_id": 0},
+    ),
+    "no prompt in the batch": (ShapeError, "one row", {"inputs": torch.zeros(0, 3, dtype=torch.int64)}),
+    "a prompt without rows": (ShapeError, r"got \(3,\)", {"inputs": torch.ones(3, dtype=torch.int64)}),
     "no token": (ValueError, "max_new_tokens", {"max_new_tokens": 0}),
     "guesses": (ValueError, "assisted generation is not supported", {"prompt_lookup_num_tokens": 3}),
 }

@@ -265,16 +265,37 @@ WRONG = {
     "segments": (ShapeError, "segment_ids", {"input_ids": ids(), "segment_ids": torch.zeros(3, dtype=torch.int64)}),
     "segments with fractions": (DomainError, "whole", {"input_ids": ids(), "segment_ids": torch.zeros(LENGTH)}),
     "labels": (ShapeError, "labels", {"input_ids": ids(), "labels": ids()[:, :4]}),
+    "labels with fractions": (DomainError, "integer dtype", {"input_ids": ids(), "labels": ids().float()}),
+    "a label that is none": (
+        DomainError,
+        r"labels in \[0, 23\), .* got 23",
+        {"input_ids": ids(), "labels": ids() * 0 + VOCAB},
+    ),
+    "a label below": (DomainError, "got -1;", {"input_ids": ids(), "labels": ids() * 0 - 1}),
     "word": (ConfigError, "'all'", {"input_ids": ids(), "diagnostics": "all"}),
     "argument": (ConfigError, "attention_maks", {"input_ids": ids(), "attention_maks": torch.ones(2, LENGTH)}),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_makes_no_sense_is_refused(case):
+@pytest.mark.parametrize("more", [{}, {"tie_word_embeddings": True, "embedding": "tt", "htt_rank": 3}])
+def test_what_makes_no_sense_is_refused(case, more):
     error, text, given = WRONG[case]
     with pytest.raises(error, match=text):
-        built()(**given)
+        built(**more)(**given)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_labels_are_whole_numbers_of_any_size_and_the_first_one_says_nothing(skip):
+    model, labels = built(), ids()
+    wanted = model(labels, labels=labels).loss
+    torch.testing.assert_close(model(labels, labels=labels.int(), skip_logits=skip).loss, wanted)
+    labels = labels.clone()
+    labels[:, 0] = VOCAB
+    torch.testing.assert_close(model(ids(), labels=labels, skip_logits=skip).loss, wanted)
+    labels[:, 1] = VOCAB
+    with pytest.raises(DomainError, match="got 23;"):
+        model(ids(), labels=labels, skip_logits=skip)
 
 
 @torch.no_grad()

@@ -79,6 +79,17 @@ def test_hardware_below_all_targets_is_refused(vram):
         for_hardware(vram)
 
 
+@pytest.mark.parametrize("vram", ["8", None, True])
+def test_hardware_is_a_number(vram):
+    with pytest.raises(ConfigError, match="vram_gb as a number of GB, got"):
+        for_hardware(vram)
+
+
+def test_there_are_two_phases_to_compare():
+    with pytest.raises(ConfigError, match="presets of 'phase1' or 'phase2', got 'phase3'"):
+        print_preset_comparison("phase3")
+
+
 @pytest.mark.parametrize(("name", "millions"), [("small", 29), ("base", 71), ("large", 256)])
 def test_phase_2_presets_have_the_stated_parameters(name, millions):
     config = get_phase2_preset(name)

@@ -181,6 +181,7 @@ def test_the_report_holds_every_task_with_and_without_memory(tmp_path):
         ({"task": {"items": 9}}, "a distance of 9 or more"),
         ({"trainings": {"copy": {"shortest": 1}}}, "a distance of 2 or more"),
         ({"tasks": ()}, "at least one task"),
+        ({"measuring": {"lengths": (8, 0)}}, "measuring.lengths of at least 1 token, got 0"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_trained(tmp_path, changes, words):
