@@ -158,7 +158,7 @@ def test_what_blocks_add_to_the_loss_is_divided_over_the_parts_of_a_batch(name):
 
 
 def apart(found, wanted):
-    """Return the median over tokens of ‖Δlogits‖/‖logits‖: rounding takes the sign of a head that reads almost nothing."""
+    """Return the median over tokens of ‖Δlogits‖/‖logits‖: a head that reads almost nothing has any sign."""
     found = found.detach().float()
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
 
