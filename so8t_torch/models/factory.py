@@ -47,7 +47,8 @@ def create_phase1_model(
         **fields: of ``Phase1Config``, which take precedence.
 
     Raises:
-        ConfigError: both a configuration and a preset, an unknown preset, or fields that make no configuration.
+        ConfigError: both a configuration and a preset, an unknown preset, fields that make no configuration, a dtype
+            or a seed that is none.
     """
     chosen, again = _chosen(Phase1Config, "phase1", config, preset, fields)
     model = _built(Phase1ForCausalLM, chosen, device, dtype, seed)
@@ -107,6 +108,10 @@ def _built(
     seed: int | None,
 ) -> Any:
     """Return a model whose weights are drawn on the host, whatever the device."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"expected dtype as a floating torch.dtype, such as torch.bfloat16, got {dtype!r}.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"expected seed as a whole number, got {seed!r}.")
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)

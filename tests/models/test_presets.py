@@ -1,6 +1,7 @@
 """Presets are files, fresh at each call; what the comparison says is computed."""
 
 import pytest
+import torch
 
 from so8t_torch.core.errors import ConfigError
 from so8t_torch.models.factory import create_phase1_model, create_phase2_model
@@ -152,3 +153,10 @@ def test_a_seed_fixes_the_weights_and_leaves_the_global_generator_alone():
 def test_the_factory_refuses_what_names_no_model(arguments, told):
     with pytest.raises(ConfigError, match=told):
         create_phase2_model(**arguments)
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "bfloat16"}, {"dtype": torch.int8}, {"seed": "a"}, {"seed": True}])
+@pytest.mark.parametrize("create", [create_phase1_model, create_phase2_model])
+def test_a_dtype_or_a_seed_that_is_none_is_refused(create, wrong):
+    with pytest.raises(ConfigError, match=rf"expected {next(iter(wrong))} as a .*{next(iter(wrong.values()))!r}"):
+        create(vocab_size=20, d_model=8, n_layers=1, htt_rank=2, **wrong)
