@@ -228,12 +228,15 @@ def convert(
     "[bold]so8t convert-weights FLAX MODEL --to torch[/bold]",
 )
 def convert_weights(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a language model; only read.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Run, or folder of a language model; only read.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
     to: Annotated[Literal["jax", "torch"], typer.Option(help="Side that is to read the weights.")],
 ) -> None:
     """Write a model's weights for its definition in Flax, or back (a process of its own: it needs JAX)."""
-    chosen = ["-m", "so8t_jax", "convert-weights", "--to", to, "--", str(source), str(output)]
+    from so8t_torch.models.stored import model_folder
+
+    folder = model_folder(source) if to == "jax" else source
+    chosen = ["-m", "so8t_jax", "convert-weights", "--to", to, "--", str(folder), str(output)]
     raise typer.Exit(subprocess.run([sys.executable, *chosen], check=False).returncode)
 
 

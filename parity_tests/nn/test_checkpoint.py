@@ -70,9 +70,9 @@ def test_tokenizer_and_settings_of_generation_cross_and_an_index_of_shards_does_
             assert (tmp_path / target / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
 
 
-def test_the_command_carries_a_model_to_its_definition(tmp_path: Path) -> None:
-    model = saved(tmp_path / "torch", dtype=torch.float64, n_layers=2)
-    run = [sys.executable, "-m", "so8t_torch.cli", "convert-weights", "torch", "flax", "--to", "jax"]
+def test_the_command_carries_the_model_of_a_run_to_its_definition(tmp_path: Path) -> None:
+    model = saved(tmp_path / "run" / "model", dtype=torch.float64, n_layers=2)
+    run = [sys.executable, "-m", "so8t_torch.cli", "convert-weights", "run", "flax", "--to", "jax"]
     root = Path(__file__).parents[2]
     environ = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(run, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
