@@ -91,11 +91,11 @@ def phase2(size: int) -> PreTrainedModel:
 
 
 def llama(size: int) -> PreTrainedModel:
-    """Return a Llama whose feed-forward parts are ``size`` wide."""
+    """Return a Llama whose feed-forward parts are ``size`` wide, and whose rows begin as large as ours."""
     return AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
-            intermediate_size=size, max_position_embeddings=2 * max(LENGTHS),
+            intermediate_size=size, max_position_embeddings=2 * max(LENGTHS), initializer_range=WIDTH**-0.5,
         )
     )  # fmt: skip
 

@@ -128,7 +128,7 @@ def step(model: PreTrainedModel, run: Callable[[], Tensor], context: AbstractCon
     with context:
         found = run()
         found.backward()
-    return float(found)
+    return float(found.detach())
 
 
 def side(model: PreTrainedModel, rows: Tensor, *, loop: bool, repeats: int) -> Side:
