@@ -68,7 +68,7 @@ class Cost:
     carried: int
 
 
-PARTS = {"learned": Learned, "costs": Cost}
+PARTS = ("learned", "costs")
 
 
 def phase1(size: int) -> PreTrainedModel:
@@ -283,10 +283,12 @@ def main() -> None:
         pairs = [(name, length) for length in arguments.lengths for name in arguments.models]
         document["costs"] = _others(document["costs"], arguments.models) + [asdict(cost(*pair)) for pair in pairs]
     file.write_text(json.dumps(document, indent=1) + "\n")
-    found = [[kind(**row) for row in document[part]] for part, kind in PARTS.items()]
-    if found[0] and found[1]:
-        draw(found[0], found[1], file.with_suffix(".png"))
-    for table in tables(*found):
+    order = list(MODELS)
+    learned = sorted((Learned(**row) for row in document["learned"]), key=lambda one: order.index(one.model))
+    costs = sorted((Cost(**row) for row in document["costs"]), key=lambda one: (one.length, order.index(one.model)))
+    if learned and costs:
+        draw(learned, costs, file.with_suffix(".png"))
+    for table in tables(learned, costs):
         Console(width=150).print(table)
 
 
