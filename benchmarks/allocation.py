@@ -8,7 +8,7 @@ come from the allocator by way of ``torch.profiler``, inside registered operatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -21,13 +21,23 @@ def peak_bytes(call: Callable[[], object]) -> int:
         kept = call()
     del kept
     tree = recorded.profiler.kineto_results.experimental_event_tree()
-    changes = sorted(_changes(tree))
-    return max(accumulate((size for _, size in changes), initial=0))
+    return max(accumulate(_own(sorted(_changes(tree))), initial=0))
 
 
-def _changes(events: Iterable[Any]) -> Iterable[tuple[int, int]]:
-    """Yield (time, signed bytes) of every allocation and release below the given events."""
+def _own(changes: Iterable[tuple[int, int, int]]) -> Iterator[int]:
+    """Yield the signed bytes of changes (time, place, signed bytes), without releases of what was there before."""
+    held: dict[int, int] = {}
+    for _, place, size in changes:
+        if size > 0:
+            held[place] = size
+            yield size
+        elif place in held:
+            yield -held.pop(place)
+
+
+def _changes(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """Yield (time, place, signed bytes) of every allocation and release below the given events."""
     for event in events:
         if event.name == "[memory]":
-            yield event.start_time_ns, event.extra_fields.alloc_size
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
         yield from _changes(event.children)
