@@ -43,6 +43,9 @@ SMALL: dict[str, Any] = SHARED | {
     "head_dim": 4,
     "bk_channels": 3,
     "memory_chunk": 4,
+    # the spectrum fixes the weights that budgets were measured with; others may let a head read next to nothing, which
+    # a layer norm then magnifies
+    "use_zeta_init": True,
 }
 FIRST_SMALL: dict[str, Any] = SHARED | {
     "n_layers": 2,
