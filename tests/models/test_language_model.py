@@ -157,28 +157,24 @@ def test_what_blocks_add_to_the_loss_is_divided_over_the_parts_of_a_batch(name):
     assert (plain.aux_loss is not None) is (name == "phase 1")
 
 
-def apart(found, wanted):
-    """Return the median over tokens of ‖Δlogits‖/‖logits‖: a head that reads almost nothing has any sign."""
-    found = found.detach().float()
-    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
-
-
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(name, dtype):
-    exact, tokens = built(name), ids()
+    # small rows: none of these heads reads so little that rounding takes its sign, which a norm would then magnify
+    start = {"initializer_range": 0.02} | ({"use_zeta_init": True} if name == "phase 2" else {})
+    exact, tokens = built(name, **start), ids()
     wanted = exact(tokens).logits.detach()
     half = copy.deepcopy(exact).to(dtype)
     found = half(tokens, use_cache=True)
     assert found.logits.dtype == dtype
-    assert apart(found.logits, wanted) < 0.03
+    torch.testing.assert_close(found.logits.float(), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
     carried = [state for layer in found.past_key_values.layers for state in layer.recurrent_states.values()]
     assert torch.float32 in {state.dtype for state in carried if state is not None}
     model = copy.deepcopy(exact).train()
     with torch.autocast("cpu", dtype=dtype):
         out = model(tokens, labels=tokens)
     out.loss.backward()
-    assert apart(out.logits, wanted) < 0.03
+    torch.testing.assert_close(out.logits.float(), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 
