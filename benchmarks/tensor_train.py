@@ -11,7 +11,6 @@ Run: python -m benchmarks.tensor_train
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -73,13 +72,10 @@ def tltorch_embedding(count: int) -> torch.nn.Module:
 
     ids, features = SHAPES[count]
     rows = torch.tensor(ids).prod().item()
-    # The library builds its cores through an interface that PyTorch has deprecated.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return FactorizedEmbedding(
-            rows, WIDTH, auto_tensorize=False, tensorized_num_embeddings=ids, tensorized_embedding_dim=features,
-            factorization="blocktt", rank=RANK,
-        )  # fmt: skip
+    return FactorizedEmbedding(
+        rows, WIDTH, auto_tensorize=False, tensorized_num_embeddings=ids, tensorized_embedding_dim=features,
+        factorization="blocktt", rank=RANK,
+    )  # fmt: skip
 
 
 def step(forward: Callable[[], Tensor], parameters: list[Tensor], grad: Tensor) -> Callable[[], object]:

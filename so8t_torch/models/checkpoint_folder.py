@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from so8t_torch.core.errors import ConfigError, DataError, SO8TError
 from so8t_torch.core.files import shown
@@ -55,6 +55,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, stored_tensors(folder, DataError))
 
 
+def library_config(folder: Path) -> PreTrainedConfig:
+    """Return the configuration of a model as transformers reads it.
+
+    Args:
+        folder: with ``config.json``.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except SO8TError:
+        raise
+    except Exception as error:  # a library's reader fails in many ways on values it did not expect
+        raise ConfigError(
+            f"{shown(folder)}: no model configuration can be read there. The library says: {error!s:.400}"
+        ) from error
+
+
 def model_class(folder: Path) -> Any:
     """Return the class of transformers that ``config.json`` names.
 
@@ -64,15 +83,8 @@ def model_class(folder: Path) -> Any:
     Raises:
         ConfigError: it cannot be read, names no class of transformers, or says that the weights are quantised.
     """
-    try:
-        read_object(folder / "config.json", ConfigError)
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except SO8TError:
-        raise
-    except Exception as error:  # a library's reader fails in many ways on values it did not expect
-        raise ConfigError(
-            f"{shown(folder)}: no model configuration can be read there. The library says: {error!s:.400}"
-        ) from error
+    read_object(folder / "config.json", ConfigError)
+    config = library_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{folder}: expected plain weights, got a quantised checkpoint; dequantise it first.")
     names = getattr(config, "architectures", None)

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -26,6 +25,7 @@ from so8t_torch.core.errors import CheckpointError, ConfigError, SO8TError
 from so8t_torch.core.files import shown
 from so8t_torch.core.tensors import listed, not_finite
 from so8t_torch.core.weights import check_folder
+from so8t_torch.models.checkpoint_folder import library_config
 
 __all__ = [
     "check_finite",
@@ -81,14 +81,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         ConfigError: it is none.
     """
     make_known()
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except SO8TError:
-        raise
-    except Exception as error:  # a library's reader fails in many ways on values it did not expect
-        raise ConfigError(
-            f"{shown(path)}: no model configuration can be read there. The library says: {error!s:.400}"
-        ) from error
+    return library_config(path)
 
 
 def read_model(
